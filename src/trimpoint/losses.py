@@ -1,0 +1,54 @@
+"""How a model is called with a batch, and the losses of the presets."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from trimpoint.errors import DataError
+
+
+def call(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call `model` with a batch: a mapping as keywords, a tuple as positions, a tensor as the only argument."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def main_tensor(outputs: Any) -> Tensor:
+    """Return the tensor that losses read: the output itself, `logits` of a mapping, or the first one."""
+    if isinstance(outputs, Mapping):
+        return cast(Tensor, outputs["logits"] if "logits" in outputs else next(iter(outputs.values())))
+    return main_tensor(outputs[0]) if isinstance(outputs, (tuple, list)) else cast(Tensor, outputs)
+
+
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of `[batch, …, classes]` against class indices; −100 does not count.
+
+    Raises:
+        DataError: if there is not one class index for each row of logits.
+    """
+    logits = main_tensor(outputs)
+    if logits.ndim < 2 or logits.numel() != targets.numel() * logits.shape[-1]:
+        raise _misfit("[batch, …, classes], one row for each target", logits, targets)
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+
+
+def squared_error(outputs: Any, targets: Tensor) -> Tensor:
+    """Return the mean squared error of the main output.
+
+    Raises:
+        DataError: if there are not as many outputs as targets.
+    """
+    predicted = main_tensor(outputs)
+    if predicted.numel() != targets.numel():
+        raise _misfit("of as many numbers as the targets", predicted, targets)
+    return F.mse_loss(predicted.reshape(targets.shape), targets.to(predicted.dtype))
+
+
+def _misfit(wanted: str, outputs: Tensor, targets: Tensor) -> DataError:
+    return DataError(
+        f"The loss needs outputs {wanted}. Got {list(outputs.shape)} for targets {list(targets.shape)}.",
+        "give a loss of your own with `Task(loss=...)`, or check the model's head and the targets",
+    )

@@ -1,0 +1,356 @@
+"""The contract of a compression technique: a frozen dataclass whose hyper-parameters *are* the method.
+
+A technique is one file: a `Method` with its parameters declared by `param`, its `traits`, and `apply`. Validation,
+search ranges, the recipe schema and the reference page are all derived from these declarations.
+"""
+
+import dataclasses
+import enum
+import importlib
+import importlib.metadata
+import pkgutil
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from trimpoint.errors import InvalidParameterError, PlanError, UnknownNameError, suggest
+from trimpoint.values import Block, Format, Group
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from trimpoint.recover.distill import Distillation
+    from trimpoint.recover.recipe import Recovery
+    from trimpoint.task import Task
+
+
+class Stage(enum.IntEnum):
+    """When a transform may run: never before one of a lower stage. Recovery may stand anywhere."""
+
+    STRUCTURE = 1
+    FACTORIZE = 2
+    SPARSIFY = 3
+    QUANTIZE = 4
+    RECOVER = 9
+
+
+class Fact(enum.Flag):
+    """What holds for a module and can be lost: the only thing methods know of each other.
+
+    Members:
+        FLOAT_WEIGHT: its weights are plain floating-point parameters.
+        DENSE: no weight is held at zero.
+        ORIGINAL_SHAPE: its parameters have the shapes of the unmodified model's.
+        PRESENT: it has not been bypassed.
+    """
+
+    NONE = 0
+    FLOAT_WEIGHT = enum.auto()
+    DENSE = enum.auto()
+    ORIGINAL_SHAPE = enum.auto()
+    PRESENT = enum.auto()
+
+
+ALL_FACTS = Fact.FLOAT_WEIGHT | Fact.DENSE | Fact.ORIGINAL_SHAPE | Fact.PRESENT
+Need = Literal["train", "calibrate", "loss"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a method is, declared: everything that validation, search and the conformance harness go by.
+
+    Args:
+        stage: when it may run.
+        targets: module classes that it acts on, as names (with those derived from them); `()` for methods that act on
+            blocks or on the whole model.
+        acts_on: the unit it changes.
+        requires: facts that must hold for a module to be changed.
+        removes: facts that no longer hold for what was changed.
+        reduces: metrics that it claims to reduce in the exported file.
+        needs: what the task must provide.
+        status: `experimental` methods stay out of the default search.
+    """
+
+    stage: Stage
+    targets: tuple[str, ...] = ()
+    acts_on: Literal["modules", "groups", "blocks", "model"] = "modules"
+    requires: Fact = Fact.NONE
+    removes: Fact = Fact.NONE
+    reduces: frozenset[str] = frozenset()
+    needs: frozenset[Need] = frozenset()
+    status: Literal["stable", "experimental"] = "stable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """A range of numbers: each end open (`gt`, `lt`), closed (`ge`, `le`) or absent."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def contains(self, value: float) -> bool:
+        """Return whether `value` is inside; NaN never is."""
+        return (
+            value == value
+            and (self.gt is None or value > self.gt)
+            and (self.ge is None or value >= self.ge)
+            and (self.lt is None or value < self.lt)
+            and (self.le is None or value <= self.le)
+        )
+
+    def __str__(self) -> str:
+        low = f"({self.gt:g}" if self.gt is not None else f"[{self.ge:g}" if self.ge is not None else "(-inf"
+        high = f"{self.lt:g})" if self.lt is not None else f"{self.le:g}]" if self.le is not None else "inf)"
+        return f"{low}, {high}"
+
+
+_MISSING: Any = object()
+
+
+def param(
+    default: Any,
+    *,
+    doc: str,
+    bounds: Bounds | None = None,
+    choices: Sequence[str] | None = None,
+    noop: Any = _MISSING,
+    weak: Any = _MISSING,
+    search: Sequence[Any] | None = None,
+) -> Any:
+    """Declare a hyper-parameter of a method, once and for all its uses.
+
+    Args:
+        default: its value when it is not given.
+        doc: what it means, with its unit.
+        bounds: the numbers it may take.
+        choices: the words it may take.
+        noop: the value at which the method changes nothing at all.
+        weak: a value at which it changes less than at its default (for the check that the error falls with strength).
+        search: the values that a search tries, weakest first.
+    """
+    metadata = {"doc": doc, "bounds": bounds, "choices": tuple(choices) if choices else None, "search": search}
+    if noop is not _MISSING:
+        metadata["noop"] = noop
+    if weak is not _MISSING:
+        metadata["weak"] = weak
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A module that a method may act on: where it is, where it was, what it is."""
+
+    path: str
+    origin: str
+    module: "nn.Module"
+
+
+class Context(ABC):
+    """What a method sees and may do: the only way in which it touches the model.
+
+    Every edit is recorded as a `Change`; tied and shared modules stay tied and shared.
+
+    Attributes:
+        module: the model as it is now, to be read; edits go through the methods below.
+        original: the unmodified model, in evaluation mode, never to be changed.
+        task: data and loss; `None` where a plan is applied without one.
+        rng: NumPy generator, seeded by the plan.
+        seed: for what seeds itself, derived from the plan's seed and the step's position.
+        effort: share of its full length that a recovery step is to run, in (0, 1].
+    """
+
+    module: "nn.Module"
+    original: "nn.Module"
+    task: "Task | None"
+    rng: "np.random.Generator"
+    seed: int
+    effort: float
+
+    @abstractmethod
+    def modules(self) -> Iterator[Site]:
+        """Yield the modules in scope (`where`, targets, required facts); the others are recorded as skipped."""
+
+    @abstractmethod
+    def groups(self) -> tuple[Group, ...]:
+        """Return the removable coupled groups in scope; the others are recorded as skipped with their reason."""
+
+    @abstractmethod
+    def blocks(self) -> tuple[Block, ...]:
+        """Return the blocks in scope that can be bypassed."""
+
+    @abstractmethod
+    def get(self, path: str) -> "nn.Module":
+        """Return the module at `path` as it is now."""
+
+    @abstractmethod
+    def resize(self, removals: Mapping[str, Sequence[int]]) -> None:
+        """Remove units from groups: group name → units. All at once, checked by a forward pass.
+
+        A group whose removal does not run is left as it is and recorded as skipped.
+        """
+
+    @abstractmethod
+    def bypass(self, path: str, reason: str = "") -> None:
+        """Replace the block at `path` by one that hands its first input on."""
+
+    @abstractmethod
+    def replace(self, path: str, module: "nn.Module", reason: str = "") -> None:
+        """Put `module` where the module at `path` was, everywhere it is used."""
+
+    @abstractmethod
+    def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
+        """Decide the number format of a tensor of the module at `path`; the runtime realises it."""
+
+    @abstractmethod
+    def skip(self, path: str, reason: str) -> None:
+        """Record why the module at `path` stays as it is."""
+
+    @abstractmethod
+    def calibrate(self, observe: "Callable[[str, nn.Module, tuple[Any, ...], Any], None]", paths: Sequence[str]) -> int:
+        """Run the calibration data through the model and call `observe(path, module, inputs, output)` at `paths`.
+
+        Returns:
+            The number of samples that were run.
+
+        Raises:
+            DataError: if the task has no calibration data.
+        """
+
+    @abstractmethod
+    def train(self, recipe: "Recovery", distillation: "Distillation | None" = None) -> None:
+        """Train what is in scope on the task's training data, in place; what cannot be trained is skipped.
+
+        Args:
+            recipe: how long and how; its length is scaled by `effort`.
+            distillation: what to learn from the unmodified model; `None` is the task's loss alone.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A compression or recovery technique.
+
+    A subclass is a frozen dataclass with keyword-only fields declared by `param`. Its docstring has the headings
+    *When it pays*, *What it costs*, *Needs*, *Leaves alone* and *References*.
+    """
+
+    traits: ClassVar[Traits]
+
+    def __post_init__(self) -> None:
+        problems = [problem for field in dataclasses.fields(self) if (problem := _check(self, field))]
+        if problems:
+            text = problems[0] if len(problems) == 1 else "\n".join(f"{i}. {p}" for i, p in enumerate(problems, 1))
+            raise InvalidParameterError(text, f"see `trimpoint methods {self.name}`")
+
+    @classmethod
+    def method_name(cls) -> str:
+        """Return the name used in recipes and on the command line, such as `drop-blocks`."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+
+    @property
+    def name(self) -> str:
+        """The name used in recipes and on the command line."""
+        return type(self).method_name()
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The hyper-parameters, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @abstractmethod
+    def apply(self, ctx: Context) -> None:
+        """Change the model through `ctx`."""
+
+    @classmethod
+    def variants(cls, blocks: Sequence[Block], groups: Sequence[Group]) -> "tuple[Method, ...]":  # noqa: ARG003
+        """Return the configurations that a search tries on a model, weakest first.
+
+        By default the values of the first parameter that declares `search`, or the defaults alone.
+
+        Args:
+            blocks: of the unmodified model that can be bypassed.
+            groups: of the unmodified model that can be cut.
+        """
+        for field in dataclasses.fields(cls):
+            if field.metadata.get("search"):
+                return tuple(cls(**{field.name: value}) for value in field.metadata["search"])
+        return (cls(),)
+
+    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
+        """Return what is left of the work of modules, before anything is done: path → share in [0, 1].
+
+        A path also stands for everything below it; modules that are not named keep all of their work. It serves only
+        to rank what is tried first.
+
+        Args:
+            blocks: of the unmodified model that can be bypassed.
+            groups: of the unmodified model that can be cut.
+        """
+        return {}
+
+
+def _check(method: Method, field: "dataclasses.Field[Any]") -> str | None:
+    value, bounds, choices = getattr(method, field.name), field.metadata.get("bounds"), field.metadata.get("choices")
+    head = f"The {field.name!r} parameter of {type(method).__name__} must be"
+    if choices and value not in choices:
+        return f"{head} one of {', '.join(map(repr, choices))}. Got {value!r}."
+    if bounds and value is not None:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return f"{head} a number. Got {value!r}."
+        if isinstance(field.default, int) and not isinstance(field.default, bool) and not isinstance(value, int):
+            return f"{head} a whole number. Got {value!r}."
+        if not bounds.contains(value):
+            return f"{head} in the range {bounds}. Got {value!r}."
+    if isinstance(field.default, bool) and not isinstance(value, bool):
+        return f"{head} true or false. Got {value!r}."
+    if isinstance(field.default, tuple) and not isinstance(value, tuple):
+        return f"{head} a tuple. Got {value!r}."
+    return None
+
+
+@cache
+def all_methods() -> dict[str, type[Method]]:
+    """Return every known method by name: the files of `trimpoint.methods` and the entry points of that group.
+
+    Raises:
+        PlanError: if two methods have one name.
+    """
+    package = importlib.import_module("trimpoint.methods")
+    modules = [
+        importlib.import_module(f"trimpoint.methods.{info.name}") for info in pkgutil.iter_modules(package.__path__)
+    ]
+    found = [
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Method) and kind.__module__ == module.__name__
+    ]
+    found += [entry.load() for entry in importlib.metadata.entry_points(group="trimpoint.methods")]
+    methods: dict[str, type[Method]] = {}
+    for kind in found:
+        if methods.setdefault(kind.method_name(), kind) is not kind:
+            raise PlanError(f"Two methods are named {kind.method_name()!r}: {methods[kind.method_name()]} and {kind}.")
+    return dict(sorted(methods.items()))
+
+
+def make_method(name: str, params: Mapping[str, Any]) -> Method:
+    """Return the method `name` with `params`; lists become tuples.
+
+    Raises:
+        UnknownNameError: if there is no such method or parameter.
+        InvalidParameterError: if a value is not allowed.
+    """
+    methods = all_methods()
+    if name not in methods:
+        raise UnknownNameError(f"There is no method {name!r}.", suggest(name, list(methods)))
+    known = [field.name for field in dataclasses.fields(methods[name])]
+    for key in params:
+        if key not in known:
+            raise UnknownNameError(f"The method {name!r} has no parameter {key!r}.", suggest(key, known))
+    return methods[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in params.items()})

@@ -1,0 +1,338 @@
+"""Structural edits as data: a closed vocabulary that is applied in place and replayed on an unmodified copy."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimpoint.errors import ArtifactError, SurgeryError, suggest
+
+ATTRIBUTES = (
+    "embedding_dim",
+    "groups",
+    "in_channels",
+    "in_features",
+    "nf",
+    "normalized_shape",
+    "num_channels",
+    "num_embeddings",
+    "num_features",
+    "num_groups",
+    "num_heads",
+    "num_parameters",
+    "nx",
+    "out_channels",
+    "out_features",
+)
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+class Bypass(nn.Module):
+    """Hand the first input on, in the structure that the block in its place returned.
+
+    Args:
+        structure: JSON data: `"first"` for the first tensor among the inputs, `None`, `{"value": plain value}`,
+            `{"argument": position or name}` for another input, `{"tuple": [...]}`, `{"list": [...]}`,
+            `{"dict": {...}}`.
+        replaced: the block; its plain attributes stay readable, since some parents ask their children for them.
+
+    Example:
+        >>> Bypass({"tuple": ["first", None]})(torch.ones(1))
+        (tensor([1.]), None)
+    """
+
+    def __init__(self, structure: Any = "first", replaced: nn.Module | None = None) -> None:
+        super().__init__()
+        self.structure = structure
+        self._attributes = _plain_attributes(replaced) if replaced is not None else SimpleNamespace()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first tensor among the inputs, in the recorded structure."""
+        first = next(tensors_in([*args, *kwargs.values()]))
+        return _build(self.structure, first, args, kwargs)
+
+    def extra_repr(self) -> str:
+        """Show the structure where it is more than one tensor."""
+        return "" if self.structure == "first" else repr(self.structure)
+
+    def __getattr__(self, name: str) -> Any:
+        attributes = self.__dict__.get("_attributes")
+        if attributes is not None and hasattr(attributes, name):
+            return getattr(attributes, name)
+        return super().__getattr__(name)
+
+
+def _plain_attributes(module: nn.Module) -> SimpleNamespace:
+    values = {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and name != "training"
+        and (isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value)))
+    }
+    return SimpleNamespace(**values, **{name: _plain_attributes(child) for name, child in module.named_children()})
+
+
+def _build(structure: Any, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if structure is None:
+        return None
+    if structure == "first":
+        return first
+    ((kind, content),) = structure.items()
+    if kind == "value":
+        return content
+    if kind == "argument":
+        return args[content] if isinstance(content, int) else kwargs.get(content)
+    if kind == "dict":
+        return {key: _build(item, first, args, kwargs) for key, item in content.items()}
+    items = [_build(item, first, args, kwargs) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def returned_structure(path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+    """Describe what a block returned, so that a `Bypass` can return it without the block.
+
+    Args:
+        path: of the block.
+        args: positional arguments of its call.
+        kwargs: keyword arguments of its call.
+        output: what it returned.
+
+    Raises:
+        SurgeryError: if its first output has not the shape of its first input, or another output is none of its inputs.
+    """
+    first_in, main = next(tensors_in([*args, *kwargs.values()]), None), next(tensors_in(output), None)
+    if first_in is None or main is None or first_in.shape != main.shape:
+        shapes = [None if tensor is None else list(tensor.shape) for tensor in (first_in, main)]
+        raise SurgeryError(
+            f"The block `{path}` cannot be bypassed: its output must have the shape of its first input {shapes[0]}. "
+            f"Got {shapes[1]}."
+        )
+    named = [*enumerate(args), *kwargs.items()]
+
+    def describe(value: Any) -> Any:
+        if value is main:
+            return "first"
+        if value is None:
+            return None
+        if isinstance(value, (bool, int, float, str)):
+            return {"value": value}
+        for key, argument in named:
+            if argument is value:
+                return {"argument": key}
+        if isinstance(value, Mapping):
+            return {"dict": {str(key): describe(item) for key, item in value.items()}}
+        if isinstance(value, (tuple, list)):
+            return {"tuple" if isinstance(value, tuple) else "list": [describe(item) for item in value]}
+        raise SurgeryError(
+            f"The block `{path}` cannot be bypassed: it also returns a {type(value).__name__} that is none of its "
+            "inputs.",
+            "ask the model not to return it (attention weights, caches)",
+        )
+
+    return describe(output)
+
+
+@dataclass(frozen=True)
+class BypassEdit:
+    """Replace the module at `path`, wherever it is used, by a `Bypass` that returns `structure`."""
+
+    path: str
+    structure: Any = "first"
+
+
+@dataclass(frozen=True)
+class ResizeEdit:
+    """Keep only the positions `keep` of dimension `dim` of a parameter or buffer (tied ones follow)."""
+
+    path: str
+    parameter: str
+    dim: int
+    keep: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AttributeEdit:
+    """Set an attribute that states a size: one of `ATTRIBUTES`."""
+
+    path: str
+    name: str
+    value: int | tuple[int, ...]
+
+
+Edit = BypassEdit | ResizeEdit | AttributeEdit
+_KINDS: dict[str, type[Any]] = {"bypass": BypassEdit, "resize": ResizeEdit, "attribute": AttributeEdit}
+
+
+def edits_to_data(edits: Sequence[Edit]) -> list[dict[str, Any]]:
+    """Return edits as JSON data; runs of kept positions are written as `[first, last + 1]`.
+
+    Example:
+        >>> edits_to_data([ResizeEdit("conv", "weight", 0, (0, 1, 2, 5))])
+        [{'edit': 'resize', 'path': 'conv', 'parameter': 'weight', 'dim': 0, 'keep': [[0, 3], [5, 6]]}]
+    """
+    names = {kind: name for name, kind in _KINDS.items()}
+    data = []
+    for edit in edits:
+        entry = {"edit": names[type(edit)], **asdict(edit)}
+        if isinstance(edit, ResizeEdit):
+            entry["keep"] = _runs(edit.keep)
+        elif isinstance(edit, AttributeEdit) and isinstance(edit.value, tuple):
+            entry["value"] = list(edit.value)
+        data.append(entry)
+    return data
+
+
+def _runs(keep: Sequence[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for position in keep:
+        if runs and runs[-1][1] == position:
+            runs[-1][1] += 1
+        else:
+            runs.append([position, position + 1])
+    return runs
+
+
+def edits_from_data(data: Any) -> list[Edit]:
+    """Read edits back.
+
+    Raises:
+        ArtifactError: naming the first entry that is no edit.
+    """
+    if not isinstance(data, list):
+        raise ArtifactError(f"The edits must be a list. Got {type(data).__name__}.")
+    return [_edit(entry, f"edit {index}") for index, entry in enumerate(data)]
+
+
+def _edit(entry: Any, where: str) -> Edit:
+    kind = entry.get("edit") if isinstance(entry, Mapping) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
+        hint = suggest(kind, list(_KINDS)) if isinstance(kind, str) else None
+        raise ArtifactError(f"The {where} must be one of {', '.join(_KINDS)}. Got {entry!r}.", hint)
+    fields = {"bypass": {"structure"}, "resize": {"parameter", "dim", "keep"}, "attribute": {"name", "value"}}[kind]
+    if set(entry) != {"edit", "path", *fields} or not isinstance(entry["path"], str):
+        raise ArtifactError(f"The {where} ({kind}) must have path, {', '.join(sorted(fields))}. Got {sorted(entry)}.")
+    if kind == "bypass":
+        _check_structure(entry["structure"], where)
+        return BypassEdit(entry["path"], entry["structure"])
+    if kind == "resize":
+        return _resize(entry, where)
+    name, value = entry["name"], entry["value"]
+    if name not in ATTRIBUTES:
+        raise ArtifactError(f"The {where} sets {name!r}.", suggest(str(name), ATTRIBUTES))
+    if not _whole(value) and not (isinstance(value, list) and all(map(_whole, value))):
+        raise ArtifactError(f"The value of {where} must be a whole number ≥ 0 or a list of them. Got {value!r}.")
+    return AttributeEdit(entry["path"], name, tuple(value) if isinstance(value, list) else value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _resize(entry: Mapping[str, Any], where: str) -> ResizeEdit:
+    runs = entry["keep"]
+    sound = isinstance(runs, list) and all(
+        isinstance(run, list) and len(run) == 2 and all(map(_whole, run)) and run[0] < run[1] <= 1 << 31 for run in runs
+    )
+    if not sound or not _whole(entry["dim"]) or not isinstance(entry["parameter"], str):
+        raise ArtifactError(f"The {where} must keep runs [first, last + 1] of a dimension ≥ 0. Got {entry!r}.")
+    keep = tuple(position for first, last in runs for position in range(first, last))
+    return ResizeEdit(entry["path"], entry["parameter"], entry["dim"], keep)
+
+
+def _check_structure(structure: Any, where: str) -> None:
+    if structure is None or structure == "first":
+        return
+    kind, content = (
+        next(iter(structure.items())) if isinstance(structure, Mapping) and len(structure) == 1 else ("", None)
+    )
+    if kind in ("tuple", "list") and isinstance(content, list):
+        for item in content:
+            _check_structure(item, where)
+    elif kind == "dict" and isinstance(content, Mapping):
+        for item in content.values():
+            _check_structure(item, where)
+    elif not (
+        (kind == "value" and isinstance(content, _PLAIN))
+        or (kind == "argument" and (isinstance(content, str) or _whole(content)))
+    ):
+        raise ArtifactError(f"The structure of {where} is none that a bypassed block returns. Got {structure!r}.")
+
+
+def apply_edits_(module: nn.Module, edits: Sequence[Edit]) -> None:
+    """Apply edits in their order, in place.
+
+    Parameters keep their identity, so tied ones stay tied.
+
+    Raises:
+        SurgeryError: if an edit does not fit the module.
+    """
+    for edit in edits:
+        target = _get(module, edit.path)
+        if isinstance(edit, BypassEdit):
+            replace_everywhere_(module, edit.path, Bypass(edit.structure, target))
+        elif isinstance(edit, ResizeEdit):
+            resize_(target, edit)
+        else:
+            if edit.name not in ATTRIBUTES or not hasattr(target, edit.name):
+                raise SurgeryError(f"The module `{edit.path}` has no attribute {edit.name!r} that may be set.")
+            setattr(target, edit.name, edit.value)
+
+
+def _get(module: nn.Module, path: str) -> nn.Module:
+    try:
+        return module.get_submodule(path)
+    except AttributeError as error:
+        names = [name for name, _ in module.named_modules() if name]
+        raise SurgeryError(f"The model has no module `{path}`.", suggest(path, names)) from error
+
+
+def replace_everywhere_(module: nn.Module, path: str, replacement: nn.Module) -> None:
+    """Put `replacement` wherever the module at `path` is held.
+
+    Raises:
+        SurgeryError: if `path` is the root, or there is no such module.
+    """
+    old = _get(module, path)
+    if old is module:
+        raise SurgeryError("The whole model cannot be replaced.", "name one of its modules")
+    replacement.train(old.training)
+    for parent in list(module.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = replacement
+
+
+def resize_(module: nn.Module, edit: ResizeEdit) -> None:
+    """Keep some positions of a parameter or buffer of `module`; its identity, type and `requires_grad` stay.
+
+    Raises:
+        SurgeryError: if the module has no such tensor, dimension or position.
+    """
+    tensor = cast(Tensor | None, module._parameters.get(edit.parameter, module._buffers.get(edit.parameter)))
+    name = f"{edit.path}.{edit.parameter}".lstrip(".")
+    if tensor is None:
+        raise SurgeryError(f"The model has no parameter or buffer `{name}`.")
+    if edit.dim >= tensor.dim() or not edit.keep or max(edit.keep) >= tensor.shape[edit.dim]:
+        raise SurgeryError(
+            f"`{name}` has shape {list(tensor.shape)}: of dimension {edit.dim} at least one and at most its positions "
+            f"can be kept. Got {len(edit.keep)} positions up to {max(edit.keep, default=-1)}."
+        )
+    index = torch.tensor(edit.keep, device=tensor.device)
+    tensor.data = tensor.data.index_select(edit.dim, index)
+    tensor.grad = None

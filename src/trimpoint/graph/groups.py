@@ -1,0 +1,106 @@
+"""Coupled groups: which channels can only be removed together, over the whole model.
+
+The idea of grouping parameters that share channels is that of DepGraph (Fang et al., "DepGraph: Towards Any Structural
+Pruning", 2023); here the groups follow from the exported graph alone, element by element, and not from the classes of
+modules.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from trimpoint.graph.atoms import Atoms, Dimension, Owner, Role, compact, ragged
+from trimpoint.graph.propagate import Propagation
+from trimpoint.graph.trace import Trace
+from trimpoint.values import Group, Member
+
+_ONE = "has a single unit"
+_TWICE = "a parameter is used both in a layer and as a plain tensor"
+Slot = tuple[Owner, int]
+
+
+def coupled_groups(trace: Trace) -> tuple[Group, ...]:
+    """Return the coupled groups of a model, in the order in which they are made.
+
+    A unit of a group is a class of positions that can only go together; units that run through the same dimensions of
+    the same parameters form a group. Groups that must not be touched carry a `reason`.
+
+    Args:
+        trace: of the model.
+    """
+    atoms = Propagation(trace).run()
+    for owner, dim in list(atoms.dimensions):
+        if dim is None and any(other == owner and d is not None for other, d in atoms.dimensions):
+            atoms.freeze_owner(owner, _TWICE)
+    classes, reasons = atoms.solve()
+    slots = _slots(atoms, classes)
+    units: dict[int, dict[Slot, list[int]]] = defaultdict(dict)
+    for slot, positions in slots.items():
+        for label, at in positions.items():
+            units[label][slot] = at
+    families: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for label, found in units.items():
+        shape = tuple(sorted((slot, len(positions)) for slot, positions in found.items()))
+        families[shape, reasons.get(label, "")].append(label)
+    roles = {(entry.owner, d): entry.role for entry in atoms.dimensions.values() for d in _dims(entry)}
+    order = {slot: index for index, slot in enumerate(slots)}
+    groups = [_group([units[label] for label in labels], roles, order, str(key[1])) for key, labels in families.items()]
+    return _named([group for group in groups if any(member.role == "out" for member in group.members)])
+
+
+def _dims(entry: Dimension) -> list[int]:
+    return [entry.dim] if entry.dim is not None else list(range(len(entry.shape)))
+
+
+def _slots(atoms: Atoms, classes: np.ndarray) -> dict[Slot, dict[int, list[int]]]:
+    """Return for each dimension of each parameter the positions of every class, in the order of their making."""
+    slots: dict[Slot, dict[int, list[int]]] = {}
+    for entry in atoms.dimensions.values():
+        labels = torch.from_numpy(classes[entry.ids.numpy()])
+        if entry.dim is not None:
+            slots[entry.owner, entry.dim] = _positions(labels.tolist())
+            continue
+        small = compact(labels)
+        split = set(ragged(small).tolist())
+        for dim, size in enumerate(small.shape):
+            if size > 1 and sum(s > 1 for s in small.shape) == 1:
+                found = _positions(small.flatten().tolist())
+                slots[entry.owner, dim] = {label: at for label, at in found.items() if label not in split}
+    return slots
+
+
+def _positions(labels: list[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = defaultdict(list)
+    for position, label in enumerate(labels):
+        found[label].append(position)
+    return found
+
+
+def _group(units: list[dict[Slot, list[int]]], roles: dict[Slot, Role], order: dict[Slot, int], reason: str) -> Group:
+    slots = sorted(units[0], key=lambda slot: order[slot])
+    first = next((slot for slot in slots if roles[slot] == "out"), slots[0])
+    units = sorted(units, key=lambda unit: unit[first])
+    members = tuple(
+        Member(
+            path=path,
+            parameter=name,
+            dim=dim,
+            indices=tuple(tuple(unit[(path, name), dim]) for unit in units),
+            role=roles[(path, name), dim],
+        )
+        for (path, name), dim in slots
+    )
+    return Group(members=members, size=len(units), reason=reason or (_ONE if len(units) == 1 else ""))
+
+
+def _named(groups: list[Group]) -> tuple[Group, ...]:
+    """Tell groups of one producer apart: the second one of `path` is `path#2`."""
+    seen: dict[str, int] = defaultdict(int)
+    named = []
+    for group in groups:
+        seen[group.name] += 1
+        count = seen[group.name]
+        named.append(group if count == 1 else replace(group, label=f"{group.name}#{count}"))
+    return tuple(named)

@@ -1,0 +1,313 @@
+"""Structural edits of a model in place: bypassing blocks, removing units of coupled groups; each checked by running."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimpoint.errors import SurgeryError, UnknownNameError, suggest
+from trimpoint.graph.edits import (
+    AttributeEdit,
+    Bypass,
+    BypassEdit,
+    Edit,
+    ResizeEdit,
+    apply_edits_,
+    edits_from_data,
+    edits_to_data,
+    replace_everywhere_,
+    returned_structure,
+    tensors_in,
+)
+from trimpoint.losses import call
+from trimpoint.values import Group
+
+__all__ = [
+    "AttributeEdit",
+    "Bypass",
+    "BypassEdit",
+    "Edit",
+    "ResizeEdit",
+    "apply_edits_",
+    "bypass_",
+    "edits_from_data",
+    "edits_to_data",
+    "remove_units_",
+]
+
+# What a model's forward pass raises when sizes no longer fit.
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _run(module: nn.Module, inputs: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    return list(tensors_in(call(module, inputs)))
+
+
+# Blocks
+
+
+def bypass_(module: nn.Module, path: str, inputs: Any) -> list[Edit]:
+    """Replace the block at `path` by a `Bypass`, in place.
+
+    Args:
+        module: the model.
+        path: of a block, such as `find_blocks` returns.
+        inputs: a batch on which the block's output is recorded and the result is checked.
+
+    Returns:
+        The edits, to be replayed by `apply_edits_`.
+
+    Raises:
+        SurgeryError: if the block's outputs cannot be made without it, or the model no longer runs; the model is then
+            as it was.
+    """
+    try:
+        block = module.get_submodule(path)
+    except AttributeError as error:
+        names = [name for name, _ in module.named_modules() if name]
+        raise SurgeryError(f"The model has no module `{path}`.", suggest(path, names)) from error
+    recorded: list[Any] = []
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        recorded.append(returned_structure(path, args, kwargs, output))
+
+    with _evaluating(module):
+        handle = block.register_forward_hook(record, with_kwargs=True)
+        try:
+            before = _run(module, inputs)
+        finally:
+            handle.remove()
+        if not recorded:
+            raise SurgeryError(f"The block `{path}` was not called for these inputs.")
+        bypass = Bypass(recorded[0], block)
+        replace_everywhere_(module, path, bypass)
+        reason = _check_shapes(module, inputs, before)
+        if reason:
+            replace_everywhere_(module, path, block)
+            raise SurgeryError(f"Without the block `{path}` {reason}")
+    bypass.train(block.training)
+    return [BypassEdit(path, recorded[0])]
+
+
+def _check_shapes(module: nn.Module, inputs: Any, before: Sequence[Tensor]) -> str:
+    """Return what is wrong with the model's outputs after an edit, or `""`."""
+    try:
+        after = _run(module, inputs)
+    except _FAILURES as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"the model does not run ({type(error).__name__}: {lines[0]})"
+    if [t.shape for t in after] != [t.shape for t in before]:
+        return f"the outputs change from {[list(t.shape) for t in before]} to {[list(t.shape) for t in after]}"
+    return ""
+
+
+# Units of groups
+
+
+def remove_units_(
+    module: nn.Module, groups: Sequence[Group], removals: Mapping[str, Sequence[int]], inputs: Any
+) -> tuple[list[Edit], dict[str, str]]:
+    """Remove units from coupled groups, in place, and check the result by running it.
+
+    The model must run, keep the shapes of its outputs, and compute what it computes with all weights of the removed
+    channels at zero. Groups for which it does not are left whole. Sizes are counted on `inputs` alone.
+
+    Args:
+        module: the model that `groups` belong to.
+        groups: from `coupled_groups`.
+        removals: group name → units to remove.
+        inputs: a batch to run the model on.
+
+    Returns:
+        The edits, to be replayed by `apply_edits_`, and for each group that was left whole the reason.
+
+    Raises:
+        SurgeryError: if a group would lose all its units, must not be touched, or has no such unit.
+        UnknownNameError: if there is no such group.
+    """
+    chosen = _checked(groups, removals)
+    failed: dict[str, str] = {}
+    accepted: list[str] = []
+
+    def settle(names: list[str]) -> None:
+        if not names:
+            return
+        reason = _attempt(module, {name: chosen[name] for name in [*accepted, *names]}, inputs)
+        if not reason:
+            accepted.extend(names)
+        elif len(names) == 1:
+            failed[names[0]] = reason
+        else:
+            settle(names[: len(names) // 2])
+            settle(names[len(names) // 2 :])
+
+    with _evaluating(module):
+        settle(list(chosen))
+    edits = _edits(module, {name: chosen[name] for name in accepted})
+    apply_edits_(module, edits)
+    return edits, failed
+
+
+_Choice = dict[str, tuple[Group, list[int]]]
+
+
+def _checked(groups: Sequence[Group], removals: Mapping[str, Sequence[int]]) -> _Choice:
+    known = {group.name: group for group in groups}
+    chosen: _Choice = {}
+    for name, units in removals.items():
+        if name not in known:
+            raise UnknownNameError(f"There is no group {name!r}.", suggest(name, list(known)))
+        group, wanted = known[name], sorted({int(unit) for unit in units})
+        if not wanted:
+            continue
+        if group.reason:
+            raise SurgeryError(f"The group {name!r} must not be touched: {group.reason}.")
+        if wanted[0] < 0 or wanted[-1] >= group.size:
+            raise SurgeryError(f"The group {name!r} has units 0 to {group.size - 1}. Got {wanted[0]} to {wanted[-1]}.")
+        if len(wanted) == group.size:
+            raise SurgeryError(
+                f"All {group.size} units of the group {name!r} would be removed.", "keep one, or bypass the block"
+            )
+        chosen[name] = (group, wanted)
+    return chosen
+
+
+def _positions(chosen: _Choice) -> dict[tuple[str, str, int], set[int]]:
+    """Return the positions to remove along each dimension of each parameter."""
+    removed: dict[tuple[str, str, int], set[int]] = {}
+    for group, units in chosen.values():
+        for member in group.members:
+            found = removed.setdefault((member.path, member.parameter, member.dim), set())
+            found.update(position for unit in units for position in member.indices[unit])
+    return removed
+
+
+def tensor_of(module: nn.Module, path: str, name: str) -> Tensor:
+    """Return a parameter or buffer by the path of its module and its name."""
+    return cast(Tensor, getattr(module.get_submodule(path), name))
+
+
+def _edits(module: nn.Module, chosen: _Choice) -> list[Edit]:
+    edits: list[Edit] = []
+    sizes: dict[int, list[int]] = {}
+    for (path, name, dim), positions in _positions(chosen).items():
+        tensor = tensor_of(module, path, name)
+        keep = tuple(position for position in range(tensor.shape[dim]) if position not in positions)
+        edits.append(ResizeEdit(path, name, dim, keep))
+        sizes.setdefault(id(tensor), list(tensor.shape))[dim] = len(keep)
+    seen = set()
+    for path, part in module.named_modules():
+        if id(part) not in seen:
+            seen.add(id(part))
+            values = _attributes(part, sizes)
+            edits += [AttributeEdit(path, k, v) for k, v in values.items() if getattr(part, k) != v]
+    return edits
+
+
+def _attributes(part: nn.Module, sizes: Mapping[int, list[int]]) -> dict[str, int | tuple[int, ...]]:
+    """Return the attributes of a module that state the sizes of its resized tensors, by their names."""
+    tensors = {
+        name: sizes[id(tensor)]
+        for name, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None and id(tensor) in sizes
+    }
+    shape = tensors.get("weight") or tensors.get("running_mean")
+    if shape is None:
+        return {}
+    has = {name for name in vars(part) if not name.startswith("_")}
+    if {"in_channels", "out_channels", "groups"} <= has:
+        return _convolution_attributes(part, shape)
+    if {"in_features", "out_features"} <= has and len(shape) == 2:
+        return {"out_features": shape[0], "in_features": shape[1]}
+    if {"embedding_dim", "num_embeddings"} <= has:
+        return {"num_embeddings": shape[0], "embedding_dim": shape[1]}
+    if {"num_groups", "num_channels"} <= has:
+        channels, groups = cast(int, part.num_channels), cast(int, part.num_groups)
+        return {"num_channels": shape[0], "num_groups": groups * shape[0] // channels}
+    if {"nf"} <= has and len(shape) == 2:
+        return {"nf": shape[1], "nx": shape[0]} if "nx" in has else {"nf": shape[1]}
+    if "normalized_shape" in has:
+        return {"normalized_shape": tuple(shape)}
+    sized: dict[str, int | tuple[int, ...]] = {}
+    for name in ("num_features", "num_parameters"):
+        if name in has:
+            sized[name] = shape[0]
+    return sized
+
+
+def _convolution_attributes(part: Any, shape: Sequence[int]) -> dict[str, int | tuple[int, ...]]:
+    depthwise, transposed = part.in_channels == part.groups > 1, bool(getattr(part, "transposed", False))
+    if transposed:
+        groups = shape[0] if depthwise else part.groups
+        return {"in_channels": shape[0], "out_channels": shape[1] * groups, "groups": groups}
+    groups = shape[0] * part.groups // part.out_channels if depthwise else part.groups
+    return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
+
+
+def _attempt(module: nn.Module, chosen: _Choice, inputs: Any) -> str:
+    """Remove units, compare with the model that does not read them, undo; return what is wrong or `""`."""
+    reference = _masked_outputs(module, chosen, inputs)
+    edits = _edits(module, chosen)
+    tensors = {
+        id(t): (t, t.data) for e in edits if isinstance(e, ResizeEdit) for t in [tensor_of(module, e.path, e.parameter)]
+    }
+    values = [(module.get_submodule(e.path), e.name) for e in edits if isinstance(e, AttributeEdit)]
+    attributes = [(part, name, getattr(part, name)) for part, name in values]
+    try:
+        apply_edits_(module, edits)
+        reason = _check_shapes(module, inputs, reference)
+        return f"without these channels {reason}" if reason else _compare(_run(module, inputs), reference)
+    finally:
+        for tensor, data in tensors.values():
+            tensor.data = data
+        for part, name, value in attributes:
+            setattr(part, name, value)
+
+
+def _masked_outputs(module: nn.Module, chosen: _Choice, inputs: Any) -> list[Tensor]:
+    """Run the model with zeros wherever the chosen units are made, passed on or read."""
+    saved: dict[int, tuple[Tensor, Tensor]] = {}
+    for group, units in chosen.values():
+        for member in group.members:
+            tensor = tensor_of(module, member.path, member.parameter)
+            if member.parameter in ("running_mean", "running_var"):
+                continue
+            if id(tensor) not in saved:
+                saved[id(tensor)] = (tensor, tensor.data)
+                tensor.data = tensor.data.clone()
+            positions = [position for unit in units for position in member.indices[unit]]
+            tensor.data.index_fill_(member.dim, torch.tensor(positions, device=tensor.device), 0)
+    try:
+        return _run(module, inputs)
+    finally:
+        for tensor, data in saved.values():
+            tensor.data = data
+
+
+def _compare(after: Sequence[Tensor], reference: Sequence[Tensor]) -> str:
+    for got, want in zip(after, reference, strict=True):
+        if not want.is_floating_point() or want.numel() == 0 or not bool(want.isfinite().all()):
+            continue
+        difference = float((got.double() - want.double()).abs().max())
+        if not difference <= _TOLERANCE.get(want.dtype, 0.1) * max(float(want.double().abs().max()), 1e-30):
+            return (
+                "without these channels the model does not compute what it computes when they are not read (a size or "
+                "position is fixed in its code)"
+            )
+    return ""

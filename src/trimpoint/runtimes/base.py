@@ -1,0 +1,180 @@
+"""The contract of a runtime. Nothing here imports torch: opening an artifact needs numpy and the runtime only."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trimpoint.errors import DataError
+from trimpoint.signature import Signature, check_inputs, flatten, unflatten
+from trimpoint.values import Format
+
+Formats = Mapping[str, Mapping[str, Format]]
+"""Module path → tensor (`"weight"`, `"input"`, `"output"`) → number format."""
+Ranges = Mapping[str, Mapping[str, tuple[float, float]]]
+"""Module path → tensor → (minimum, maximum), where a method learned them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """A module exported once, as every runtime takes it.
+
+    Args:
+        onnx: the serialised ONNX model, without debris (stack traces, source paths).
+        signature: its inputs and outputs.
+        scopes: ONNX node name → path of the module that it came from.
+        notes: what is not as it was asked for, such as a dimension that had to stay fixed, each with its reason.
+    """
+
+    onnx: bytes
+    signature: Signature
+    scopes: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """What a runtime made of an exported module.
+
+    Args:
+        runtime: name of the runtime.
+        files: graph name → file names, all in one directory; what the runtime loads and nothing else.
+        signature: inputs and outputs.
+        unmapped: `path: reason` for formats that could not be realised.
+        scopes: name of a node in the runtime's files → path of the module that it came from.
+    """
+
+    runtime: str
+    files: Mapping[str, tuple[str, ...]]
+    signature: Signature
+    unmapped: tuple[str, ...] = ()
+    scopes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorTime:
+    """Time that one operator takes in one call.
+
+    Args:
+        name: of the node in the runtime's graph.
+        kind: of operator, in the runtime's terms.
+        module: path of the module that it came from; empty where unknown.
+        ms: mean time in one call, milliseconds.
+    """
+
+    name: str
+    kind: str
+    module: str
+    ms: float
+
+
+def calibration_feeds(signature: Signature, calibration: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Yield input name → array for each calibration batch.
+
+    Args:
+        signature: of the model.
+        calibration: batches of inputs in the module's structure.
+
+    Raises:
+        DataError: if there are none, or one does not fit the signature.
+    """
+    if len(calibration) == 0:
+        raise DataError(
+            "Static int8 needs calibration data. Got none.", "give the task a `calibrate` role, a few hundred samples"
+        )
+    for batch in calibration:
+        yield dict(zip([spec.name for spec in signature.inputs], flat_inputs(signature, batch), strict=True))
+
+
+def flat_inputs(signature: Signature, inputs: Any) -> list[Any]:
+    """Return the arrays of a batch in the order of the signature, checked; mappings are taken by name.
+
+    Raises:
+        DataError: if the inputs do not fit the signature.
+    """
+    names = [spec.name for spec in signature.inputs]
+    by_name = isinstance(inputs, Mapping) and set(names) <= set(inputs)
+    leaves = [inputs[name] for name in names] if by_name else flatten(inputs)
+    check_inputs(signature.inputs, leaves)
+    return leaves
+
+
+class Session(ABC):
+    """A model opened in a runtime. It takes and returns the module's own structure, as CPU NumPy arrays."""
+
+    def __init__(self, runtime: str, signature: Signature) -> None:
+        self.runtime = runtime
+        self.signature = signature
+
+    def __call__(self, inputs: Any) -> Any:
+        """Run one batch.
+
+        Args:
+            inputs: a tensor, tuple or mapping of arrays, as the module takes them.
+
+        Raises:
+            DataError: if the inputs do not fit the signature.
+        """
+        return unflatten(self.signature.output_structure, self.run_flat(self.flat_inputs(inputs)))
+
+    def flat_inputs(self, inputs: Any) -> list[Any]:
+        """Return the arrays in the order of the signature, checked; mappings are taken by name."""
+        return flat_inputs(self.signature, inputs)
+
+    @abstractmethod
+    def run_flat(self, arrays: Sequence[Any]) -> list[Any]:
+        """Run arrays in the order of the signature's inputs; return those of its outputs."""
+
+
+class Runtime(ABC):
+    """One inference runtime: how it realises, opens and profiles a model."""
+
+    name: ClassVar[str]
+    install: ClassVar[str]
+
+    @abstractmethod
+    def version(self) -> str:
+        """Return the installed version.
+
+        Raises:
+            MissingDependencyError: if the runtime is not installed; the hint says what to install.
+        """
+
+    @abstractmethod
+    def lower(
+        self,
+        exported: Exported,
+        directory: Path,
+        *,
+        formats: Formats | None = None,
+        ranges: Ranges | None = None,
+        calibration: Sequence[Any] = (),
+    ) -> Lowered:
+        """Write the runtime's files into `directory`.
+
+        Args:
+            exported: what to lower.
+            directory: exists and is empty.
+            formats: number formats to realise with the runtime's own quantiser; none is float32 throughout.
+            ranges: learned ranges that go before calibrated ones.
+            calibration: batches of inputs, as NumPy arrays in the module's structure; needed for static formats.
+
+        Raises:
+            LoweringError: if the runtime cannot realise the graph.
+            DataError: if static formats are asked for without calibration data.
+        """
+
+    @abstractmethod
+    def lower_one_line_int8(self, exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:
+        """Quantise with the runtime's own one-line int8 and its defaults: what every search must beat."""
+
+    @abstractmethod
+    def open(self, directory: Path, lowered: Lowered, *, threads: int = 1, profile: bool = False) -> Session:
+        """Open lowered files for inference with a fixed number of threads, float32 where they are float32."""
+
+    @abstractmethod
+    def operators(
+        self, directory: Path, lowered: Lowered, inputs: Any, *, threads: int = 1, repeats: int = 50
+    ) -> list[OperatorTime]:
+        """Return the time of each operator for these inputs, slowest first."""

@@ -1,0 +1,282 @@
+"""Export a PyTorch module once, as every runtime takes it: a clean ONNX graph with named dynamic dimensions."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from trimpoint.data import as_tensors
+from trimpoint.errors import ExportError, ModelError
+from trimpoint.runtimes import export_errors, onnx_graph
+from trimpoint.runtimes.base import Exported
+from trimpoint.runtimes.quiet import quiet
+from trimpoint.signature import BATCH, Signature, TensorSpec, flatten, leaf_names, structure_of, unflatten
+from trimpoint.task import call
+
+_PREFIX = "module."
+_OPSET = 20
+
+
+class _Flat(nn.Module):
+    """Take and return the tensors of a module's own structures one by one."""
+
+    def __init__(self, module: nn.Module, structure: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.structure = structure
+
+    def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        outputs = _tensors_of(call(self.module, unflatten(self.structure, leaves)), [], "")
+        # A module may hand an input on as it is; a graph needs an operator in between.
+        given = {id(leaf) for leaf in leaves}
+        return tuple(leaf.clone() if id(leaf) in given else leaf for leaf in flatten(outputs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """One way to ask for dynamic dimensions: what each dimension is to be, and the sizes to trace with."""
+
+    dims: tuple[dict[int, Any], ...]
+    batch: int = 2
+
+
+def export(
+    module: nn.Module,
+    inputs: Any,
+    dynamic_dims: Mapping[str, Mapping[int, str]],
+    *,
+    custom_translations: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Exported:
+    """Export `module` in evaluation mode by `torch.export` and the ONNX exporter built on it.
+
+    A dimension that the model cannot leave open is fixed at its size in `inputs`, with the reason in
+    `Exported.notes`; the batch is then fixed at 1.
+
+    Args:
+        module: what to export; it is not changed.
+        inputs: a batch of example inputs (tensor, tuple or mapping), any batch size.
+        dynamic_dims: input name (see `signature.leaf_names`) → dimension → its name; `Task.dynamic_dims` gives them.
+        custom_translations: `torch.ops.namespace.operator` → onnxscript function that stands for it.
+
+    Raises:
+        ModelError: if a parameter is not finite or the module does not run on `inputs`.
+        ExportError: if an operator or the control flow cannot be exported.
+
+    References:
+        https://docs.pytorch.org/docs/stable/onnx_export.html
+    """
+    _check_finite(module)
+    wrapper = _Flat(_copied(module), structure_of(inputs)).eval()
+    names = leaf_names(inputs, "input")
+    leaves = [leaf.detach().cpu() for leaf in flatten(as_tensors(inputs))]
+    wanted = tuple(dict(dynamic_dims.get(name, {})) for name in names)
+    outputs, dropped = _run(wrapper, leaves)
+
+    program, example, reason = _capture(wrapper, leaves, wanted)
+    fixed = _fixed(program, wanted)
+    notes = [
+        f"{names[leaf]}: dimension {dim} ({wanted[leaf].pop(dim)}) is fixed at {example[leaf].shape[dim]}: {reason}"
+        for leaf, dim in fixed
+    ]
+    output_names = _unique(leaf_names(outputs, "output"), names)
+    model = _convert(program, names, output_names, custom_translations or {})
+    scopes = onnx_graph.module_scopes(model, *_owners(wrapper.module), _PREFIX)
+    _name_dims(model, names, example, wanted)
+    onnx_graph.use_pooling(model)
+    scopes = onnx_graph.compact(model, scopes)
+    signature = Signature(
+        inputs=_specs(model.graph.input),
+        outputs=_specs(model.graph.output),
+        input_structure=structure_of(inputs),
+        output_structure=structure_of(outputs),
+    )
+    return Exported(onnx=onnx_graph.serialize(model), signature=signature, scopes=scopes, notes=(*notes, *dropped))
+
+
+def _owners(module: nn.Module) -> tuple[dict[str, str], set[str]]:
+    """Return the module of each parameter, and the batch normalisations, which vanish into what is before them."""
+    owners = {name: name.rpartition(".")[0] for name, _ in module.named_parameters(remove_duplicate=False)}
+    return owners, {path for path, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)}
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    result = copy.deepcopy(module).eval().cpu()
+    for parameter in result.parameters():
+        parameter.requires_grad_(False)
+    return result
+
+
+def _check_finite(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise ModelError(
+                f"The parameter {name!r} must be finite. Got {bad:,} of {parameter.numel():,} values that are NaN or "
+                "infinite.",
+                "the training diverged; start from an earlier checkpoint",
+            )
+
+
+def _tensors_of(value: Any, dropped: list[str], where: str) -> Any:
+    """Return nested outputs without what is no tensor; such entries of a mapping go, elsewhere they become `None`."""
+    if isinstance(value, Tensor) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        items = {str(key): _tensors_of(item, dropped, f"{where}.{key}") for key, item in value.items()}
+        return {key: item for key, item in items.items() if item is not None}
+    if isinstance(value, (tuple, list)):
+        return tuple(_tensors_of(item, dropped, f"{where}[{index}]") for index, item in enumerate(value))
+    dropped.append(f"output{where}: left out, it is a {type(value).__name__} and not a tensor")
+    return None
+
+
+def _run(wrapper: _Flat, leaves: Sequence[Tensor]) -> tuple[Any, list[str]]:
+    dropped: list[str] = []
+    try:
+        with torch.no_grad():
+            result = call(wrapper.module, unflatten(wrapper.structure, [leaf.clone() for leaf in leaves]))
+    except Exception as error:
+        raise ModelError(
+            f"The model does not run on its example inputs: {type(error).__name__}: {export_errors.first_line(error)}",
+            "check `Task.example`, or the inputs that the data gives",
+        ) from error
+    outputs = _tensors_of(result, dropped, "")
+    if not flatten(outputs):
+        raise ModelError(
+            f"The model must return at least one tensor. Got {type(result).__name__}.",
+            "export the part that computes tensors, with `Task(core=...)`",
+        )
+    return outputs, dropped
+
+
+def _capture(
+    wrapper: _Flat, leaves: Sequence[Tensor], wanted: Sequence[Mapping[int, str]]
+) -> tuple[ExportedProgram, list[Tensor], str]:
+    """Trace with all wanted dimensions open, and where that is refused, with those that can be; return why."""
+    used = dict.fromkeys(name for entry in wanted for name in entry.values())
+    named = {name: Dim(name, min=1) for name in used}
+    strict = _Attempt(dims=tuple({dim: named[name] for dim, name in entry.items()} for entry in wanted))
+    try:
+        return *_trace(wrapper, leaves, wanted, strict), "the model gives it one size"
+    except export_errors.DimensionRefused as refused:
+        reason = str(refused)
+    inferred = tuple(dict.fromkeys(entry, Dim.AUTO) for entry in wanted)
+    try:
+        program, example = _trace(wrapper, leaves, wanted, _Attempt(dims=inferred))
+        if BATCH in {wanted[leaf][dim] for leaf, dim in _fixed(program, wanted)}:
+            # A fixed batch of 2 would be of no use: trace again with one sample.
+            open_dims = tuple({dim: Dim.AUTO for dim, name in entry.items() if name != BATCH} for entry in wanted)
+            program, example = _trace(wrapper, leaves, wanted, _Attempt(dims=open_dims, batch=1))
+    except export_errors.DimensionRefused:
+        program, example = _trace(wrapper, leaves, wanted, _Attempt(dims=tuple({} for _ in wanted), batch=1))
+    return program, example, reason
+
+
+def _trace(
+    wrapper: _Flat, leaves: Sequence[Tensor], wanted: Sequence[Mapping[int, str]], attempt: _Attempt
+) -> tuple[ExportedProgram, list[Tensor]]:
+    example = [
+        _with_batch(leaf, attempt.batch, [dim for dim, name in entry.items() if name == BATCH])
+        for leaf, entry in zip(leaves, wanted, strict=True)
+    ]
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(wrapper, tuple(example), dynamic_shapes=(attempt.dims,), strict=False)
+    except Exception as error:
+        raise export_errors.explain_capture(error, wrapper.module) from error
+    return program, example
+
+
+def _with_batch(leaf: Tensor, size: int, dims: Sequence[int]) -> Tensor:
+    for dim in dims:
+        repeats = -(-size // max(1, leaf.shape[dim]))
+        leaf = leaf.repeat_interleave(repeats, dim).narrow(dim, 0, size)
+    return leaf.contiguous()
+
+
+def _fixed(program: ExportedProgram, wanted: Sequence[Mapping[int, str]]) -> list[tuple[int, int]]:
+    """Return input and dimension of each wanted dimension that the trace holds at one size."""
+    given = set(program.graph_signature.user_inputs)
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in given]
+    return [
+        (leaf, dim)
+        for leaf, entry in enumerate(wanted)
+        for dim in entry
+        if isinstance(size := shapes[leaf][dim], int) or size.node.maybe_as_int() is not None
+    ]
+
+
+def _convert(
+    program: ExportedProgram,
+    names: Sequence[str],
+    output_names: Sequence[str],
+    custom: Mapping[Any, Callable[..., Any]],
+) -> Any:
+    # The result is an onnx.ModelProto.
+    table: dict[Callable[..., Any], Callable[..., Any]] = {}
+    for operator, translation in custom.items():
+        if isinstance(operator, torch._ops.OpOverloadPacket):
+            table |= {getattr(operator, overload): translation for overload in operator.overloads()}  # type: ignore[no-untyped-call]
+        else:
+            table[operator] = translation
+    try:
+        with quiet():
+            result = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=list(names),
+                output_names=list(output_names),
+                opset_version=_OPSET,
+                custom_translation_table=table or None,
+                verbose=False,
+            )
+            if result is None:
+                raise ExportError("The ONNX exporter returned no model.")
+            return result.model_proto
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise export_errors.explain_conversion(error, _PREFIX) from error
+
+
+def _unique(names: Sequence[str], taken: Sequence[str]) -> list[str]:
+    result: list[str] = []
+    for name in names:
+        free = name if name not in taken else f"{name}_out"
+        while free in taken or free in result:
+            free += "_"
+        result.append(free)
+    return result
+
+
+def _name_dims(
+    model: Any, names: Sequence[str], example: Sequence[Tensor], wanted: Sequence[Mapping[int, str]]
+) -> None:
+    """Give the open dimensions of inputs and outputs their wanted names; derived ones keep their formula."""
+    symbols: dict[str, str] = {}
+    by_name = {value.name: value for value in model.graph.input}
+    for name, leaf, entry in zip(names, example, wanted, strict=True):
+        for index, dim in enumerate(by_name[name].type.tensor_type.shape.dim):
+            if dim.dim_param and index in entry:
+                symbols.setdefault(dim.dim_param, entry[index])
+                dim.dim_param = entry[index]
+            else:
+                dim.dim_value = leaf.shape[index]
+    for value in model.graph.output:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = export_errors.substitute(dim.dim_param, symbols)
+
+
+def _specs(values: Any) -> tuple[TensorSpec, ...]:
+    import onnx
+
+    specs = []
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_param or int(dim.dim_value) for dim in tensor.shape.dim)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        specs.append(TensorSpec(name=value.name, dtype=str(dtype), shape=shape))
+    return tuple(specs)

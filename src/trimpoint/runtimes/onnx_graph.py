@@ -1,0 +1,223 @@
+"""Clean and compact ONNX files: no debris, short names, nothing stored twice, the same bytes every time.
+
+This module needs `onnx` (the full installation); what opens an artifact does not import it.
+"""
+
+import ast
+import hashlib
+from collections.abc import Iterator, Mapping, Set
+from itertools import count
+
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+_DIGITS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def module_scopes(model: ModelProto, owners: Mapping[str, str], folded: Set[str], prefix: str) -> dict[str, str]:
+    """Return the module that each node came from, as the dynamo exporter recorded it.
+
+    The exporter books a convolution that has taken in its batch normalisation under the latter; such a node goes to
+    the module that owns its weight.
+
+    Args:
+        model: as exported, its metadata still in it.
+        owners: parameter name → module path, without `prefix`.
+        folded: paths of the modules that can be folded into another.
+        prefix: what the exporter puts before each path and parameter name.
+    """
+    scopes = {}
+    for node in model.graph.node:
+        recorded = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "[]")
+        stack = [str(name) for name in ast.literal_eval(recorded)]
+        # The first entry is the root, the last the operator itself.
+        inside = [name.removeprefix(prefix) for name in stack[1:-1] if name.startswith(prefix)]
+        owner = next((owners[n] for i in node.input if (n := i.removeprefix(prefix)) in owners), None)
+        recorded_path = inside[-1] if inside else ""
+        # A parent may use its child's weight without calling the child, as multi-head attention does.
+        if owner is not None and (recorded_path in {"", *folded} or owner.startswith(recorded_path + ".")):
+            scopes[node.name] = owner
+        elif inside:
+            scopes[node.name] = recorded_path
+    return scopes
+
+
+def strip(model: ModelProto) -> None:
+    """Remove in place what no runtime reads: doc strings, metadata, recorded shapes, unused operator sets."""
+    for graph in _graphs(model.graph):
+        for node in graph.node:
+            _strip_node(node)
+        for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+            item.doc_string = ""
+            del item.metadata_props[:]
+        del graph.value_info[:]
+        del graph.quantization_annotation[:]
+        del graph.metadata_props[:]
+        graph.doc_string = ""
+        graph.name = "g"
+    for function in model.functions:
+        for node in function.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+        del function.metadata_props[:]
+        del function.value_info[:]
+        function.doc_string = ""
+    del model.metadata_props[:]
+    for field in ("doc_string", "producer_name", "producer_version", "domain"):
+        model.ClearField(field)
+    used = {node.domain for graph in _graphs(model.graph) for node in graph.node}
+    used |= {entry.domain for function in model.functions for entry in function.opset_import}
+    kept = [entry for entry in model.opset_import if entry.domain in used | {"", "ai.onnx"}]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def use_pooling(model: ModelProto) -> None:
+    """Write means over the height and width of an image as `GlobalAveragePool`, in place.
+
+    Both are the same function; only the latter has kernels in the layouts and in the int8 of convolutions.
+    """
+    known = {value.name: value.type.tensor_type.shape for value in (*model.graph.value_info, *model.graph.input)}
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) != 2 or node.input[1] not in constants:
+            continue
+        keep = all(attribute.i == 1 for attribute in node.attribute if attribute.name == "keepdims")
+        axes = sorted(int(axis) % 4 for axis in numpy_helper.to_array(constants[node.input[1]]).ravel())
+        if keep and axes == [2, 3] and node.input[0] in known and len(known[node.input[0]].dim) == 4:
+            node.op_type = "GlobalAveragePool"
+            del node.input[1]
+            del node.attribute[:]
+
+
+def compact(model: ModelProto, scopes: Mapping[str, str]) -> dict[str, str]:
+    """Strip in place, store equal tensors once and shorten every name but those of inputs and outputs.
+
+    A node that has one output takes its name, so that either identifies it.
+
+    Returns:
+        The scopes under the new node names.
+    """
+    strip(model)
+    _deduplicate(model.graph)
+    names = _short_names(model)
+    renamed = {}
+    for graph in _graphs(model.graph):
+        for node in graph.node:
+            old = node.name
+            for field in (node.input, node.output):
+                field[:] = [names.get(name, name) for name in field]
+            node.name = next((name for name in node.output if name), "")
+            if old in scopes:
+                renamed[node.name] = scopes[old]
+        for tensor in (*graph.initializer, *graph.input, *graph.output):
+            tensor.name = names.get(tensor.name, tensor.name)
+    return renamed
+
+
+def serialize(model: ModelProto) -> bytes:
+    """Return the bytes of a model, equal for equal models."""
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def parse(data: bytes) -> ModelProto:
+    """Return the model of ONNX bytes."""
+    return onnx.load_model_from_string(data)
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+            for inner in attribute.graphs:
+                yield from _graphs(inner)
+
+
+def _strip_node(node: NodeProto) -> None:
+    if node.domain not in ("", "ai.onnx"):
+        return
+    defaults = {name: entry.default_value for name, entry in onnx.defs.get_schema(node.op_type).attributes.items()}
+    ones = ("strides", "dilations") if "Conv" in node.op_type or "Pool" in node.op_type else ()
+    kept = []
+    for attribute in node.attribute:
+        attribute.doc_string = ""
+        default = defaults.get(attribute.name)
+        stated = default is not None and default.type == attribute.type
+        if stated and onnx.helper.get_attribute_value(default) == onnx.helper.get_attribute_value(attribute):
+            continue
+        if attribute.name in ones and set(attribute.ints) == {1}:
+            continue
+        if ones and attribute.name == "pads" and set(attribute.ints) == {0}:
+            continue
+        kept.append(attribute)
+    kept.sort(key=lambda attribute: attribute.name)
+    kept = [_copy(attribute) for attribute in kept]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+def _copy(attribute: AttributeProto) -> AttributeProto:
+    result = AttributeProto()
+    result.CopyFrom(attribute)
+    return result
+
+
+def _deduplicate(graph: GraphProto) -> None:
+    """Keep one of equal initializers, in the order of their first use, and drop those without a use."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    first: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    replaced: dict[str, str] = {}
+    kept: list[TensorProto] = []
+    used = [name for inner in _graphs(graph) for node in inner.node for name in node.input]
+    for name in dict.fromkeys((*used, *(name for name in tensors if name in outputs))):
+        if name not in tensors:
+            continue
+        tensor = _raw(tensors[name])
+        key = (tensor.data_type, tuple(tensor.dims), hashlib.sha256(tensor.raw_data).digest())
+        if not tensor.raw_data or first.setdefault(key, name) == name or name in outputs:
+            kept.append(tensor)
+        else:
+            replaced[name] = first[key]
+    for inner in _graphs(graph):
+        for node in inner.node:
+            node.input[:] = [replaced.get(name, name) for name in node.input]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+
+
+def _raw(tensor: TensorProto) -> TensorProto:
+    """Return a tensor with its values as raw bytes, the shortest form."""
+    if tensor.raw_data or tensor.data_type == TensorProto.STRING or tensor.HasField("segment"):
+        result = TensorProto()
+        result.CopyFrom(tensor)
+        return result
+    return numpy_helper.from_array(numpy_helper.to_array(tensor), tensor.name)
+
+
+def _short_names(model: ModelProto) -> dict[str, str]:
+    graph = model.graph
+    reserved = {value.name for value in (*graph.input, *graph.output)} | {""}
+    fresh = (name for name in _counting() if name not in reserved)
+    names: dict[str, str] = {}
+    for inner in _graphs(graph):
+        for node in inner.node:
+            for name in (*node.input, *node.output):
+                if name not in reserved and name not in names:
+                    names[name] = next(fresh)
+        for value in (*inner.input, *inner.output, *inner.initializer):
+            if value.name not in reserved and value.name not in names:
+                names[value.name] = next(fresh)
+    return names
+
+
+def _counting() -> Iterator[str]:
+    for number in count():
+        name, rest = _DIGITS[number % len(_DIGITS)], number // len(_DIGITS)
+        while rest:
+            rest -= 1
+            name, rest = _DIGITS[rest % len(_DIGITS)] + name, rest // len(_DIGITS)
+        yield name

@@ -1,0 +1,337 @@
+"""Realise int8 formats on an ONNX graph with ONNX Runtime's own static quantiser.
+
+This module needs `onnx` (the full installation); what opens an artifact does not import it.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import ModelProto, NodeProto
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from trimpoint.errors import DataError, LoweringError
+from trimpoint.runtimes import onnx_graph
+from trimpoint.runtimes.base import Formats, Ranges
+from trimpoint.runtimes.quiet import quiet
+from trimpoint.values import Format
+
+WEIGHTED = ("Conv", "ConvTranspose", "Gather", "Gemm", "MatMul")
+"""Operators with a weight that int8 can hold: those with fast kernels, and embeddings, which only get smaller."""
+GLUE = (
+    "Add",
+    "AveragePool",
+    "Clip",
+    "Concat",
+    "Flatten",
+    "GlobalAveragePool",
+    "LeakyRelu",
+    "MaxPool",
+    "Mul",
+    "Pad",
+    "Relu",
+    "Reshape",
+    "Resize",
+    "Sigmoid",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
+"""Operators that follow their neighbours into int8, so that no conversion stands between two int8 kernels."""
+
+
+@dataclass(kw_only=True)
+class Selection:
+    """What is quantised and how, for `quantize_static`.
+
+    Args:
+        nodes: names of the nodes.
+        per_channel: one scale per output channel of each weight.
+        reduce_range: 7-bit weights.
+        symmetric: zero points of activations in the middle of the range.
+        overrides: tensor name → settings that differ from these.
+        unmapped: `path: reason` for formats that cannot be realised.
+    """
+
+    nodes: list[str] = field(default_factory=list)
+    per_channel: bool = True
+    reduce_range: bool = False
+    symmetric: bool = False
+    overrides: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    unmapped: list[str] = field(default_factory=list)
+
+
+class _Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Hand out calibration batches one by one."""
+
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]]) -> None:
+        self.batches = batches
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.batches, None)
+
+
+def preprocess(model: ModelProto) -> ModelProto:
+    """Return the model with constants folded and all shapes inferred, as the quantiser needs it.
+
+    Raises:
+        LoweringError: if ONNX Runtime cannot read the model.
+
+    References:
+        https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html#pre-processing
+    """
+    with tempfile.TemporaryDirectory() as directory, quiet():
+        source, target = Path(directory) / "source.onnx", Path(directory) / "target.onnx"
+        onnx.save(model, source)
+        for symbolic in (True, False):
+            try:
+                quant_pre_process(source, target, skip_symbolic_shape=not symbolic)
+                return onnx.load(target)
+            except Exception as error:
+                # Symbolic inference raises a bare Exception for operators that it does not know; go on without it.
+                if not symbolic:
+                    raise LoweringError(f"ONNX Runtime cannot prepare the model for int8: {error}") from error
+    raise LoweringError("ONNX Runtime cannot prepare the model for int8.")
+
+
+def select(model: ModelProto, scopes: Mapping[str, str], formats: Formats, ranges: Ranges) -> Selection:
+    """Choose the nodes that realise `formats`, and the settings of their tensors."""
+    result = Selection()
+    weights = {tensor.name for tensor in model.graph.initializer}
+    nodes = {
+        path: [n for n in model.graph.node if scopes.get(n.name) == path and n.op_type in WEIGHTED] for path in formats
+    }
+    chosen: dict[str, Mapping[str, Format]] = {}
+    for path, tensors in formats.items():
+        embedding = [node.op_type for node in nodes[path] if _weight(node, weights)] == ["Gather"]
+        reason = _refusal(tensors, embedding) or _missing(model, scopes, path, nodes[path], weights)
+        if reason:
+            result.unmapped.append(f"{path}: {reason}")
+        else:
+            chosen[path] = tensors
+    taken = [(path, node) for path in chosen for node in nodes[path] if _weight(node, weights)]
+    result.nodes = [node.name for _, node in taken]
+    _settings(result, [tensors for tensors in chosen.values() if "input" in tensors])
+    for path, node in taken:
+        if node.op_type != "Gather":
+            _overrides(result, path, node, chosen[path], ranges.get(path, {}))
+    for path, learned in ranges.items():
+        if path in chosen and "output" in learned:
+            result.unmapped.append(f"{path}: the learned range of its output is not used, later operators are fused in")
+    result.nodes += _glue(model, set(result.nodes), weights)
+    return result
+
+
+def quantize(model: ModelProto, selection: Selection, feeds: Iterator[dict[str, np.ndarray]]) -> ModelProto:
+    """Return the quantised graph, in quantise/dequantise form.
+
+    Args:
+        model: preprocessed.
+        selection: what to quantise.
+        feeds: input name → array, batch after batch; read one at a time.
+
+    Raises:
+        LoweringError: if the quantiser fails.
+    """
+    result = _quantize(
+        model,
+        feeds,
+        nodes_to_quantize=selection.nodes,
+        per_channel=selection.per_channel,
+        reduce_range=selection.reduce_range,
+        extra_options={
+            "ActivationSymmetric": selection.symmetric,
+            "TensorQuantOverrides": selection.overrides,
+        },
+    )
+    _keep_products(result, set(selection.nodes))
+    return result
+
+
+def quantize_default(model: ModelProto, feeds: Iterator[dict[str, np.ndarray]]) -> ModelProto:
+    """Return the graph as `quantize_static` makes it in one line, with the types its documentation gives for x86-64."""
+    return _quantize(model, feeds)
+
+
+def fuse(model: ModelProto) -> ModelProto:
+    """Return the graph with its quantised operators fused, as ONNX Runtime does it on opening.
+
+    The file gets smaller (no conversions between operators, no scales for biases), the kernels stay the same.
+    """
+    with tempfile.TemporaryDirectory() as directory, quiet():
+        path = str(Path(directory) / "fused.onnx")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = path
+        onnxruntime.InferenceSession(onnx_graph.serialize(model), options, providers=["CPUExecutionProvider"])
+        return onnx.load(path)
+
+
+def same_answers(first: bytes, second: bytes, feeds: Mapping[str, np.ndarray]) -> bool:
+    """Return whether two models give bitwise equal outputs."""
+    results = []
+    for data in (first, second):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        results.append(session.run(None, dict(feeds)))
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*results, strict=True))
+
+
+def _quantize(model: ModelProto, feeds: Iterator[dict[str, np.ndarray]], **settings: Any) -> ModelProto:
+    with tempfile.TemporaryDirectory() as directory, quiet():
+        source, target = Path(directory) / "source.onnx", Path(directory) / "target.onnx"
+        onnx.save(model, source)
+        try:
+            quantize_static(
+                source,
+                target,
+                _Reader(feeds),
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                **settings,
+            )
+        except DataError:
+            raise
+        except Exception as error:
+            raise LoweringError(f"ONNX Runtime cannot quantise the model: {type(error).__name__}: {error}") from error
+        return onnx.load(target)
+
+
+def _keep_products(model: ModelProto, chosen: set[str]) -> None:
+    """Take out, in place, the rounding of a matrix product whose result only float32 operators read.
+
+    The kernel then writes float32 from its 32-bit sums: nothing is rounded, and one conversion less is run.
+    """
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    read_by: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            read_by.setdefault(name, []).append(node)
+    dropped = []
+    for rounding in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
+        product = made_by.get(rounding.input[0])
+        readers = read_by.get(rounding.output[0], [])
+        if product is None or product.op_type not in ("MatMul", "Gemm") or len(read_by[rounding.input[0]]) != 1:
+            continue
+        last = [reader for back in readers for reader in read_by.get(back.output[0], [])]
+        if len(readers) == 1 and not any(reader.name in chosen for reader in last):
+            product.output[0] = readers[0].output[0]
+            dropped += [rounding.name, readers[0].name]
+    kept = [node for node in model.graph.node if node.name not in dropped]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def _refusal(tensors: Mapping[str, Format], embedding: bool) -> str:
+    """Return why ONNX Runtime cannot realise these formats, or nothing."""
+    for tensor, wanted in tensors.items():
+        if wanted.dtype not in ("int8", "uint8"):
+            return f"static quantisation of ONNX Runtime has no {wanted.dtype} for its {tensor}"
+        if wanted.granularity == "group" or (tensor != "weight" and wanted.granularity != "tensor"):
+            return f"static quantisation of ONNX Runtime has no scale per {wanted.granularity} for its {tensor}"
+    if embedding and "weight" in tensors:
+        per_tensor = tensors["weight"].granularity == "tensor"
+        return "" if per_tensor else "ONNX Runtime quantises an embedding with one scale per tensor only"
+    missing = [tensor for tensor in ("weight", "input") if tensor not in tensors]
+    return f"static quantisation needs a format for its {missing[0]} too" if missing else ""
+
+
+def _missing(
+    model: ModelProto, scopes: Mapping[str, str], path: str, nodes: Sequence[NodeProto], weights: set[str]
+) -> str:
+    if any(_weight(node, weights) for node in nodes):
+        return ""
+    own = [node for node in model.graph.node if scopes.get(node.name) == path]
+    if not own:
+        return "no operator in the exported graph comes from it"
+    kinds = sorted({node.op_type for node in own if any(name in weights for name in node.input[1:4])} - set(GLUE))
+    return f"static quantisation of ONNX Runtime has no int8 kernel for {', '.join(kinds) or own[0].op_type}"
+
+
+def _weight(node: NodeProto, weights: set[str]) -> str:
+    """Return the name of the node's constant weight, or nothing."""
+    name = node.input[0 if node.op_type == "Gather" else 1]
+    return name if name in weights else ""
+
+
+def _settings(selection: Selection, chosen: Sequence[Mapping[str, Format]]) -> None:
+    if chosen:
+        selection.per_channel = any(tensors["weight"].granularity == "channel" for tensors in chosen)
+        selection.reduce_range = any(tensors["weight"].reduce_range for tensors in chosen)
+        selection.symmetric = all(tensors["input"].symmetric for tensors in chosen)
+
+
+def _overrides(
+    selection: Selection,
+    path: str,
+    node: NodeProto,
+    tensors: Mapping[str, Format],
+    learned: Mapping[str, tuple[float, float]],
+) -> None:
+    """Record where a node's tensors differ from the settings for all."""
+    weight, source = node.input[1], node.input[0]
+    setting: dict[str, Any] = {"quant_type": QuantType.QInt8, "symmetric": True}
+    setting["reduce_range"] = tensors["weight"].reduce_range
+    channel = tensors["weight"].granularity == "channel"
+    if "weight" in learned and channel:
+        selection.unmapped.append(f"{path}: the learned range of its weight is for one scale, it has one per channel")
+    elif "weight" in learned:
+        setting["rmin"], setting["rmax"] = (np.float32(value) for value in learned["weight"])
+    plain = channel == selection.per_channel and setting["reduce_range"] == selection.reduce_range
+    if not plain or "rmin" in setting:
+        if channel:
+            setting["axis"] = 1 if node.op_type in ("ConvTranspose", "MatMul") or not _transposed(node) else 0
+        selection.overrides[weight] = [setting]
+    wanted: dict[str, Any] = {}
+    if tensors["input"].symmetric != selection.symmetric:
+        wanted["symmetric"] = tensors["input"].symmetric
+    if "input" in learned:
+        wanted["rmin"], wanted["rmax"] = (np.float32(value) for value in learned["input"])
+    if wanted and selection.overrides.setdefault(source, [wanted])[0] != wanted:
+        selection.unmapped.append(f"{path}: its input is also that of another module, whose settings are used")
+
+
+def _transposed(node: NodeProto) -> bool:
+    """Return whether the output channels are the first dimension of the node's weight."""
+    if node.op_type != "Gemm":
+        return bool(node.op_type == "Conv")
+    return "transB" in {attribute.name for attribute in node.attribute if attribute.i == 1}
+
+
+def _glue(model: ModelProto, chosen: set[str], weights: set[str]) -> list[str]:
+    """Return the nodes that follow quantised nodes into int8: all data that they read comes from int8 operators.
+
+    The outputs of the model are left in float32, so that they are not rounded once more.
+    """
+    nodes = list(model.graph.node)
+    made_by = {name: node for node in nodes for name in node.output}
+    candidates = {node.name for node in nodes if node.op_type in GLUE}
+    outputs = {value.name for value in model.graph.output}
+    while True:
+        inside = chosen | candidates
+        kept = {
+            node.name
+            for node in nodes
+            if node.name in candidates
+            and _fed(node, made_by, inside, weights)
+            and not any(name in outputs for name in node.output)
+        }
+        if kept == candidates:
+            return [node.name for node in nodes if node.name in kept]
+        candidates = kept
+
+
+def _fed(node: NodeProto, made_by: Mapping[str, NodeProto], inside: set[str], weights: set[str]) -> bool:
+    """Return whether the data inputs of a node come from inside; shapes and other constants do not count."""
+    data = [name for name in node.input[: 1 if node.op_type not in ("Add", "Mul", "Concat") else None] if name]
+    if not data or any(name in weights for name in data):
+        return False
+    return all(name in made_by and made_by[name].name in inside for name in data)

@@ -1,0 +1,226 @@
+"""ONNX Runtime on the CPU: the reference runtime."""
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
+from trimpoint.runtimes.base import (
+    Exported,
+    Formats,
+    Lowered,
+    OperatorTime,
+    Ranges,
+    Runtime,
+    Session,
+    calibration_feeds,
+)
+from trimpoint.signature import Signature
+
+FILE = "model.onnx"
+_WARM_UP = 3
+
+
+class OnnxSession(Session):
+    """A model opened in ONNX Runtime."""
+
+    def __init__(self, signature: Signature, session: Any) -> None:
+        super().__init__("onnxruntime", signature)
+        self.session = session
+        self.output_names = [spec.name for spec in signature.outputs]
+        # The optimiser may drop an input that nothing reads.
+        taken = {entry.name for entry in session.get_inputs()}
+        self.taken = [(index, spec.name) for index, spec in enumerate(signature.inputs) if spec.name in taken]
+
+    def run_flat(self, arrays: Sequence[Any]) -> list[Any]:
+        """Run arrays in the order of the signature's inputs; return those of its outputs."""
+        feeds = {name: arrays[index] for index, name in self.taken}
+        return list(self.session.run(self.output_names, feeds))
+
+
+class OnnxRuntime(Runtime):
+    """ONNX Runtime with its CPU execution provider.
+
+    Float32 ships the exported graph as it is, with short names and equal tensors stored once; graph optimisation is
+    left to the moment of opening, since doing the basic level beforehand changed neither size nor latency. Int8 is
+    ONNX Runtime's own static quantiser (quantise/dequantise form) on the nodes of the modules that have formats and
+    on what lies between them; the quantised operators are then fused, as on opening, where that gives bitwise equal
+    answers in a smaller file. Activations are stored as uint8 whatever their format's type, since on x86-64 only
+    uint8 activations have fused kernels; int8 around zero is uint8 around 128.
+
+    References:
+        https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+    """
+
+    name: ClassVar[str] = "onnxruntime"
+    install: ClassVar[str] = "pip install onnxruntime"
+
+    def version(self) -> str:
+        """Return the installed version."""
+        _import()
+        return metadata.version("onnxruntime")
+
+    def lower(
+        self,
+        exported: Exported,
+        directory: Path,
+        *,
+        formats: Formats | None = None,
+        ranges: Ranges | None = None,
+        calibration: Sequence[Any] = (),
+    ) -> Lowered:
+        """Write `model.onnx`, float32 or with the formats realised in int8 (see `Runtime.lower`)."""
+        from trimpoint.runtimes import onnx_graph
+
+        model = onnx_graph.parse(exported.onnx)
+        unmapped: tuple[str, ...] = ()
+        if formats:
+            model, unmapped = _quantized(model, exported, formats, ranges or {}, calibration)
+        scopes = onnx_graph.compact(model, _scopes_of(model, exported.scopes))
+        _write(directory / FILE, onnx_graph.serialize(model))
+        return Lowered(
+            runtime=self.name,
+            files={"main": (FILE,)},
+            signature=exported.signature,
+            unmapped=unmapped,
+            scopes=scopes,
+        )
+
+    def lower_one_line_int8(self, exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:
+        """Quantise with `quantize_static` and its defaults, as its documentation recommends them for x86-64.
+
+        That is: uint8 activations, int8 weights, one scale per tensor, every operator that it supports. (With int8
+        activations, the default of the signature, most convolutions stay in float32 on x86-64.)
+        """
+        from trimpoint.runtimes import onnx_graph, onnx_quantize
+
+        model = onnx_quantize.preprocess(onnx_graph.parse(exported.onnx))
+        model = onnx_quantize.quantize_default(model, calibration_feeds(exported.signature, calibration))
+        onnx_graph.strip(model)
+        _write(directory / FILE, onnx_graph.serialize(model))
+        return Lowered(
+            runtime=self.name,
+            files={"main": (FILE,)},
+            signature=exported.signature,
+            scopes=_scopes_of(model, exported.scopes),
+        )
+
+    def open(self, directory: Path, lowered: Lowered, *, threads: int = 1, profile: bool = False) -> OnnxSession:
+        """Open `model.onnx` with a fixed number of threads that do not spin between calls.
+
+        Raises:
+            ArtifactError: if ONNX Runtime cannot read the file.
+        """
+        ort = _import()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        # Without this, two sessions in one process spin against each other.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
+        path = directory / lowered.files["main"][0]
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ArtifactError(f"ONNX Runtime cannot open {path.name!r}: {error}") from error
+        return OnnxSession(lowered.signature, session)
+
+    def operators(
+        self, directory: Path, lowered: Lowered, inputs: Any, *, threads: int = 1, repeats: int = 50
+    ) -> list[OperatorTime]:
+        """Return the time of each operator for these inputs, slowest first, from ONNX Runtime's profiler."""
+        session = self.open(directory, lowered, threads=threads, profile=True)
+        arrays = session.flat_inputs(inputs)
+        for _ in range(_WARM_UP + repeats):
+            session.run_flat(arrays)
+        report = Path(session.session.end_profiling())
+        events = json.loads(report.read_text())
+        report.unlink()
+        report.parent.rmdir()
+        times: dict[str, list[float]] = defaultdict(list)
+        kinds: dict[str, str] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                name = event["name"].removesuffix("_kernel_time")
+                times[name].append(event["dur"] / 1e3)
+                kinds[name] = event["args"]["op_name"]
+        return sorted(
+            (
+                OperatorTime(
+                    name=name,
+                    kind=kinds[name],
+                    module=module_of(name, lowered.scopes),
+                    ms=sum(values[len(values) * _WARM_UP // (_WARM_UP + repeats) :]) / repeats,
+                )
+                for name, values in times.items()
+            ),
+            key=lambda operator: -operator.ms,
+        )
+
+
+def module_of(name: str, scopes: Mapping[str, str]) -> str:
+    """Return the module of a node, also where the runtime has put words around the node's name."""
+    if name in scopes:
+        return scopes[name]
+    known = [key for key in scopes if key and key in _words(name)]
+    return scopes[max(known, key=len)] if known else ""
+
+
+def _words(name: str) -> list[str]:
+    words = [""]
+    for letter in name:
+        if letter.isalnum():
+            words[-1] += letter
+        else:
+            words.append("")
+    return words
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError("ONNX Runtime is not installed.", f"`{OnnxRuntime.install}`") from error
+    return onnxruntime
+
+
+def _quantized(
+    model: Any, exported: Exported, formats: Formats, ranges: Ranges, calibration: Sequence[Any]
+) -> tuple[Any, tuple[str, ...]]:
+    from trimpoint.runtimes import onnx_graph, onnx_quantize
+
+    prepared = onnx_quantize.preprocess(model)
+    selection = onnx_quantize.select(prepared, exported.scopes, formats, ranges)
+    if not selection.nodes:
+        return model, tuple(selection.unmapped)
+    separate = onnx_quantize.quantize(prepared, selection, calibration_feeds(exported.signature, calibration))
+    onnx_graph.strip(separate)
+    fused = onnx_quantize.fuse(separate)
+    onnx_graph.strip(fused)
+    before, after = onnx_graph.serialize(separate), onnx_graph.serialize(fused)
+    feeds = next(calibration_feeds(exported.signature, calibration))
+    smaller = len(after) < len(before) and onnx_quantize.same_answers(before, after, feeds)
+    return (fused if smaller else separate), tuple(selection.unmapped)
+
+
+def _scopes_of(model: Any, scopes: Mapping[str, str]) -> dict[str, str]:
+    """Return the scopes of nodes whose names, or the names of whose outputs, the quantiser has extended."""
+    result = {}
+    for node in model.graph.node:
+        path = module_of(node.name, scopes) or next((p for o in node.output if (p := module_of(o, scopes))), "")
+        if path:
+            result[node.name] = path
+    return result
+
+
+def _write(path: Path, data: bytes) -> None:
+    if len(data) >= 2**31:
+        raise LoweringError("The model must be below 2 GiB, the limit of an ONNX file.")
+    path.write_bytes(data)

@@ -1,0 +1,200 @@
+"""OpenVINO on the CPU."""
+
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
+from trimpoint.runtimes.base import Exported, Formats, Lowered, OperatorTime, Ranges, Runtime, Session
+from trimpoint.runtimes.quiet import quiet
+from trimpoint.signature import Signature
+
+GRAPH, WEIGHTS = "model.xml", "model.bin"
+_WARM_UP = 3
+
+
+class OpenVinoSession(Session):
+    """A model compiled by OpenVINO for the CPU."""
+
+    def __init__(self, signature: Signature, compiled: Any) -> None:
+        super().__init__("openvino", signature)
+        self.request = compiled.create_infer_request()
+        known = {name for port in compiled.inputs for name in port.get_names()}
+        # An input that nothing reads is not part of the compiled model.
+        self.taken = [(index, spec.name) for index, spec in enumerate(signature.inputs) if spec.name in known]
+        ports = {name: port for port in compiled.outputs for name in port.get_names()}
+        self.ports = [ports[spec.name] for spec in signature.outputs]
+
+    def run_flat(self, arrays: Sequence[Any]) -> list[Any]:
+        """Run arrays in the order of the signature's inputs; return copies of its outputs."""
+        results = self.request.infer({name: arrays[index] for index, name in self.taken}, share_inputs=True)
+        return [results[port] for port in self.ports]
+
+
+class OpenVino(Runtime):
+    """OpenVINO with its CPU plug-in, float32 arithmetic pinned where the model is float32.
+
+    Int8 is NNCF's post-training quantisation, restricted to the modules that have formats.
+
+    References:
+        https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
+    """
+
+    name: ClassVar[str] = "openvino"
+    install: ClassVar[str] = 'pip install "trimpoint[openvino]"'
+
+    def version(self) -> str:
+        """Return the installed version."""
+        _import()
+        return metadata.version("openvino")
+
+    def lower(
+        self,
+        exported: Exported,
+        directory: Path,
+        *,
+        formats: Formats | None = None,
+        ranges: Ranges | None = None,
+        calibration: Sequence[Any] = (),
+    ) -> Lowered:
+        """Write `model.xml` and `model.bin`, float32 or with the formats realised in int8 (see `Runtime.lower`)."""
+        model = _read(exported)
+        unmapped: tuple[str, ...] = ()
+        if formats:
+            from trimpoint.runtimes import nncf_quantize
+
+            _needs_nncf()
+            model, unmapped = nncf_quantize.quantize(model, exported, formats, ranges or {}, calibration)
+        return self._save(model, exported, directory, unmapped)
+
+    def lower_one_line_int8(self, exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:
+        """Quantise with `nncf.quantize(model, dataset)` and nothing else."""
+        from trimpoint.runtimes import nncf_quantize
+
+        _needs_nncf()
+        model = nncf_quantize.quantize_default(_read(exported), exported.signature, calibration)
+        return self._save(model, exported, directory, ())
+
+    def open(self, directory: Path, lowered: Lowered, *, threads: int = 1, profile: bool = False) -> OpenVinoSession:
+        """Compile the model with a fixed number of threads, for latency, without bfloat16.
+
+        Raises:
+            ArtifactError: if OpenVINO cannot read the files.
+        """
+        openvino = _import()
+        path = directory / lowered.files["main"][0]
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "PERF_COUNT": profile,
+        }
+        try:
+            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+        except RuntimeError as error:
+            raise ArtifactError(f"OpenVINO cannot open {path.name!r}: {error}") from error
+        return OpenVinoSession(lowered.signature, compiled)
+
+    def operators(
+        self, directory: Path, lowered: Lowered, inputs: Any, *, threads: int = 1, repeats: int = 50
+    ) -> list[OperatorTime]:
+        """Return the time of each operator for these inputs, slowest first, from OpenVINO's performance counters."""
+        session = self.open(directory, lowered, threads=threads, profile=True)
+        arrays = session.flat_inputs(inputs)
+        total: dict[tuple[str, str], float] = defaultdict(float)
+        for turn in range(_WARM_UP + repeats):
+            session.run_flat(arrays)
+            if turn < _WARM_UP:
+                continue
+            for entry in session.request.get_profiling_info():
+                if entry.real_time.total_seconds() > 0:
+                    total[entry.node_name, entry.node_type] += entry.real_time.total_seconds() * 1e3
+        times = [
+            OperatorTime(name=name, kind=kind, module=_module_of(name, lowered.scopes), ms=ms / repeats)
+            for (name, kind), ms in total.items()
+        ]
+        return sorted(times, key=lambda operator: -operator.ms)
+
+    def _save(self, model: Any, exported: Exported, directory: Path, unmapped: tuple[str, ...]) -> Lowered:
+        openvino = _import()
+        path = directory / GRAPH
+        try:
+            with quiet():
+                openvino.save_model(model, str(path), compress_to_fp16=False)
+        except RuntimeError as error:
+            raise LoweringError(f"OpenVINO cannot write the model: {error}") from error
+        _strip(path, exported.scopes)
+        return Lowered(
+            runtime=self.name,
+            files={"main": (GRAPH, WEIGHTS)},
+            signature=exported.signature,
+            unmapped=unmapped,
+            scopes=exported.scopes,
+        )
+
+
+def _import() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingDependencyError("OpenVINO is not installed.", f"`{OpenVino.install}`") from error
+    return openvino
+
+
+def _needs_nncf() -> None:
+    if find_spec("nncf") is None:
+        raise MissingDependencyError("NNCF, OpenVINO's quantiser, is not installed.", f"`{OpenVino.install}`")
+
+
+def _read(exported: Exported) -> Any:
+    """Return the OpenVINO model of an export, with its constants folded.
+
+    `openvino.convert_model` does the same, and reports its use to the vendor; this does not.
+    """
+    openvino = _import()
+    from openvino._offline_transformations import apply_moc_transformations
+
+    try:
+        with quiet():
+            model = openvino.Core().read_model(exported.onnx)
+            apply_moc_transformations(model, False)
+    except RuntimeError as error:
+        raise LoweringError(f"OpenVINO cannot read the exported model: {error}") from error
+    return model
+
+
+def _strip(path: Path, scopes: Mapping[str, str]) -> None:
+    """Remove from the graph what the plug-in does not read: histories of fusing, parameters of tools, white space.
+
+    Operators that OpenVINO has named itself, by counters that differ from run to run, are named after their position.
+    """
+    tree = ElementTree.parse(path)
+    root = tree.getroot()
+    for child in root.findall("rt_info"):
+        root.remove(child)
+    for layer in root.iter():
+        for info in layer.findall("rt_info"):
+            for attribute in info.findall("attribute"):
+                if attribute.get("name") == "fused_names":
+                    info.remove(attribute)
+            if len(info) == 0:
+                layer.remove(info)
+    for layer in root.iter("layer"):
+        if layer.get("type") not in ("Parameter", "Result") and not _module_of(layer.get("name", ""), scopes):
+            layer.set("name", f"_{layer.get('id')}")
+    for element in root.iter():
+        element.tail = None
+        if element.text is not None and not element.text.strip():
+            element.text = None
+    root.set("name", "g")
+    tree.write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _module_of(name: str, scopes: Mapping[str, str]) -> str:
+    """Return the module of an operator; OpenVINO appends a suffix after a slash to the name of the exported node."""
+    return scopes.get(name) or scopes.get(name.partition("/")[0], "")

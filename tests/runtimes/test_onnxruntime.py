@@ -1,0 +1,142 @@
+import collections
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from tests.runtimes import networks
+from trimpoint.data import as_numpy
+from trimpoint.errors import MissingDependencyError
+from trimpoint.runtimes import get_runtime
+from trimpoint.runtimes.export import export
+from trimpoint.runtimes.verify import check_parity
+from trimpoint.values import Format
+
+RUNTIME = get_runtime("onnxruntime")
+
+
+def lower(case, directory, formats, **settings):
+    _, inputs, exported, _ = case
+    torch.manual_seed(1)
+    return RUNTIME.lower(exported, directory, formats=formats, calibration=[as_numpy(inputs(8))], **settings)
+
+
+def kinds(path):
+    return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def test_no_convolution_of_resnet20_stays_in_float32(cases, tmp_path):
+    lower(cases["resnet20"], tmp_path, networks.int8(cases["resnet20"][0]))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "opened.onnx")
+    options.log_severity_level = 4
+    onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    opened = kinds(tmp_path / "opened.onnx")
+    assert opened["QLinearConv"] == 21
+    assert opened["QLinearAdd"] == 9
+    assert opened["QGemm"] == 1
+    # One conversion in, none between two int8 kernels; the last product writes float32 itself.
+    assert (opened["QuantizeLinear"], opened["DequantizeLinear"]) == (1, 0)
+    assert not {"Conv", "Add", "Relu", "Gemm"} & set(opened)
+
+
+def test_int8_resnet20_has_little_beside_its_weights(cases, tmp_path):
+    module = cases["resnet20"][0]
+    lower(cases["resnet20"], tmp_path, networks.int8(module))
+    weights = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
+    channels = sum(part.weight.shape[0] for part in module.modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
+    # Beside each weight's byte: a 32-bit scale and a 32-bit bias per channel, and the graph.
+    assert (tmp_path / "model.onnx").stat().st_size < weights + 8 * channels + 6_000
+
+
+def test_fused_file_gives_bitwise_the_answers_of_the_quantisers(cases, tmp_path, monkeypatch):
+    from trimpoint.runtimes import onnx_quantize
+
+    module, inputs, _, _ = cases["cnn"]
+    sessions = []
+    for name in ("fused", "separate"):
+        (tmp_path / name).mkdir()
+        lowered = lower(cases["cnn"], tmp_path / name, networks.int8(module))
+        sessions.append(RUNTIME.open(tmp_path / name, lowered))
+        monkeypatch.setattr(onnx_quantize, "same_answers", lambda *_: False)
+    sizes = [(tmp_path / name / "model.onnx").stat().st_size for name in ("fused", "separate")]
+    assert sizes[0] < sizes[1]
+    assert "QLinearConv" in kinds(tmp_path / "fused" / "model.onnx")
+    assert "DequantizeLinear" in kinds(tmp_path / "separate" / "model.onnx")
+    x = as_numpy(inputs(16))
+    np.testing.assert_array_equal(sessions[0](x), sessions[1](x))
+
+
+def test_reduce_range_uses_seven_bits(cases, tmp_path):
+    module = cases["cnn"][0]
+    weight = Format(dtype="int8", granularity="channel", reduce_range=True)
+    formats = {path: {"weight": weight, "input": networks.INPUT} for path in networks.int8(module)}
+    lower(cases["cnn"], tmp_path, formats)
+    tensors = [onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    weights = [tensor for tensor in tensors if tensor.dtype == np.int8 and tensor.ndim > 1]
+    assert len(weights) == 3
+    assert all(np.abs(tensor.astype(int)).max() == 64 for tensor in weights)
+
+
+def test_one_module_may_differ_from_the_others(cases, tmp_path):
+    module = cases["cnn"][0]
+    formats = networks.int8(module)
+    formats["4"] = {"weight": Format(dtype="int8", granularity="tensor"), "input": networks.INPUT}
+    lower(cases["cnn"], tmp_path, formats)
+    model = onnx.load(tmp_path / "model.onnx")
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in model.graph.initializer}
+    scales = [sizes[node.input[4]] for node in model.graph.node if node.op_type == "QLinearConv"]
+    assert scales == [8, 1]
+
+
+def test_symmetric_activations_have_their_zero_in_the_middle(cases, tmp_path):
+    module, inputs, _, _ = cases["cnn"]
+    symmetric = Format(dtype="int8", symmetric=True)
+    formats = {path: {"weight": networks.WEIGHT, "input": symmetric} for path in networks.int8(module)}
+    lowered = lower(cases["cnn"], tmp_path, formats)
+    zeros = [onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    assert {int(zero) for zero in zeros if zero.dtype == np.uint8} == {128}
+    assert check_parity(module, RUNTIME.open(tmp_path, lowered), [inputs(64)]).agreement > 0.95
+
+
+def test_learned_ranges_go_before_calibrated_ones(cases, tmp_path):
+    module = cases["cnn"][0]
+    lower(cases["cnn"], tmp_path, networks.int8(module), ranges={"0": {"input": (-1.0, 3.0)}})
+    model = onnx.load(tmp_path / "model.onnx")
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    first = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    assert float(tensors[first.input[1]]) == pytest.approx(4 / 255)
+    assert int(tensors[first.input[2]]) == round(255 / 4)
+
+
+def test_embeddings_get_smaller_where_they_have_a_format(cases, tmp_path):
+    module = cases["transformer"][0]
+    formats = networks.int8(module) | {"embedding": {"weight": Format(dtype="uint8", symmetric=False)}}
+    lowered = lower(cases["transformer"], tmp_path, formats)
+    assert lowered.unmapped == ()
+    stored = onnx.load(tmp_path / "model.onnx").graph.initializer
+    table = next(tensor for tensor in stored if list(tensor.dims) == [50, 16])
+    assert table.data_type in (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
+
+
+def test_a_missing_onnxruntime_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(MissingDependencyError) as caught:
+        RUNTIME.version()
+    assert caught.value.hint == "`pip install onnxruntime`"
+
+
+def test_convolutions_with_groups_and_transposed_ones(tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(4, 8, 3, groups=4), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, stride=2), nn.Flatten(), nn.Linear(256, 3)
+    ).eval()
+    exported = export(module, torch.randn(2, 4, 6, 6), {"input": {0: "batch"}})
+    formats = networks.int8(module) | {"2": {"weight": networks.WEIGHT, "input": networks.INPUT}}
+    calibration = [torch.randn(16, 4, 6, 6).numpy()]
+    lowered = RUNTIME.lower(exported, tmp_path, formats=formats, calibration=calibration)
+    assert lowered.unmapped == ()
+    assert check_parity(module, RUNTIME.open(tmp_path, lowered), [torch.randn(8, 4, 6, 6)]).sqnr_db > 20

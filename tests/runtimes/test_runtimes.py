@@ -1,0 +1,190 @@
+"""What holds for every runtime."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.runtimes import networks
+from trimpoint.data import as_numpy
+from trimpoint.errors import ArtifactError, DataError, UnknownNameError
+from trimpoint.runtimes import get_runtime, runtime_names
+from trimpoint.runtimes.verify import check_parity, parity_batches, require_parity
+from trimpoint.values import to_data
+
+CASES = ("cnn", "resnet20", "transformer", "lstm", "pair")
+
+
+@pytest.fixture(params=runtime_names())
+def runtime(request):
+    return get_runtime(request.param)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_gives_the_modules_answers_at_every_shape(runtime, case, cases, tmp_path):
+    module, inputs, exported, lengths = cases[case]
+    lowered = runtime.lower(exported, tmp_path)
+    session = runtime.open(tmp_path, lowered)
+    batches = parity_batches(inputs(), session, lengths=lengths)
+    assert len(batches) == 2 * max(1, len(lengths.get("length", ())))
+    parity = require_parity(module, session, batches)
+    assert parity.max_rel < 1e-5
+    assert parity.agreement == 1
+    assert lowered.unmapped == ()
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(lowered.files["main"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_int8_agrees_with_the_module(runtime, case, cases, tmp_path):
+    module, inputs, exported, _ = cases[case]
+    calibration = [as_numpy(inputs(8)) for _ in range(4)]
+    lowered = runtime.lower(exported, tmp_path, formats=networks.int8(module), calibration=calibration)
+    session = runtime.open(tmp_path, lowered)
+    parity = check_parity(module, session, [inputs(32)])
+    # With random weights the two largest entries lie closer together than an int8 step, so only those of the trained
+    # network are compared.
+    if case == "cnn":
+        assert parity.agreement > 0.95
+    assert parity.sqnr_db > 10
+    assert parity.cosine > 0.95
+    assert parity.max_abs > 0
+    assert lowered.unmapped == ()
+
+
+def test_modules_without_formats_stay_in_float32(runtime, cases, tmp_path):
+    module, inputs, exported, _ = cases["cnn"]
+    calibration = [as_numpy(inputs(8))]
+    head = {path: formats for path, formats in networks.int8(module).items() if path == "9"}
+    differences, stored = [], []
+    x = inputs(64)
+    for index, formats in enumerate((None, head, networks.int8(module))):
+        directory = tmp_path / str(index)
+        directory.mkdir()
+        lowered = runtime.lower(exported, directory, formats=formats, calibration=calibration)
+        differences.append(check_parity(module, runtime.open(directory, lowered), [x]).max_rel)
+        stored.append((directory / lowered.files["main"][-1]).stat().st_size)
+    assert differences[0] < 1e-5 < min(differences[1:])
+    # The head has 64 of about 1,300 weights.
+    assert stored[2] < 0.6 * stored[1]
+
+
+def test_formats_that_cannot_be_realised_are_listed(runtime, cases, tmp_path):
+    module, inputs, exported, _ = cases["lstm"]
+    int4 = networks.Format(dtype="int4")
+    formats = {"lstm": {"weight": networks.WEIGHT, "input": networks.INPUT}, "head": {"weight": int4, "input": int4}}
+    lowered = runtime.lower(exported, tmp_path, formats=formats, calibration=[as_numpy(inputs())])
+    reasons = dict(entry.split(": ", 1) for entry in lowered.unmapped)
+    assert sorted(reasons) == ["head", "lstm"]
+    assert "int4" in reasons["head"]
+    require_parity(module, runtime.open(tmp_path, lowered), [inputs()])
+
+
+def test_one_line_int8(runtime, cases, tmp_path):
+    module, inputs, exported, _ = cases["cnn"]
+    lowered = runtime.lower_one_line_int8(exported, tmp_path, [as_numpy(inputs(32))])
+    assert check_parity(module, runtime.open(tmp_path, lowered), [inputs(64)]).agreement > 0.95
+
+
+def test_int8_without_calibration_data_is_refused(runtime, cases, tmp_path):
+    module, _, exported, _ = cases["cnn"]
+    with pytest.raises(DataError, match=r"needs calibration data\. Got none") as caught:
+        runtime.lower(exported, tmp_path, formats=networks.int8(module))
+    assert "calibrate" in caught.value.hint
+
+
+def test_calibration_data_that_does_not_fit_is_refused(runtime, cases, tmp_path):
+    module, _, exported, _ = cases["cnn"]
+    with pytest.raises(DataError, match="must be float32 of shape"):
+        runtime.lower(exported, tmp_path, formats=networks.int8(module), calibration=[np.zeros((1, 2), "float32")])
+
+
+def test_operators_name_their_modules(runtime, cases, tmp_path):
+    module, inputs, exported, _ = cases["resnet20"]
+    calibration = [as_numpy(inputs())]
+    for name, formats in (("float32", None), ("int8", networks.int8(module))):
+        directory = tmp_path / name
+        directory.mkdir()
+        lowered = runtime.lower(exported, directory, formats=formats, calibration=calibration)
+        before = sorted(directory.iterdir())
+        operators = runtime.operators(directory, lowered, as_numpy(inputs(1)), repeats=3)
+        assert operators == sorted(operators, key=lambda operator: -operator.ms)
+        assert all(operator.ms >= 0 for operator in operators)
+        known = sum(operator.ms for operator in operators if operator.module)
+        assert known > 0.7 * sum(operator.ms for operator in operators)
+        # A convolution that was fused with what follows it may go by the latter's name, in the same block.
+        blocks = {operator.module.rpartition(".")[0] for operator in operators if "Conv" in operator.kind}
+        assert {"stem", "stages.0.0", "stages.2.2"} <= blocks
+        assert sorted(directory.iterdir()) == before
+
+
+def test_sessions_open_where_there_is_no_torch(runtime, cases, tmp_path):
+    _, inputs, exported, _ = cases["transformer"]
+    lowered = runtime.lower(exported, tmp_path)
+    batch = as_numpy(inputs())
+    wanted = runtime.open(tmp_path, lowered)(batch)
+    np.savez(tmp_path / "inputs.npz", **batch)
+    (tmp_path / "lowered.json").write_text(json.dumps(to_data(lowered)))
+    script = (
+        "import json, sys, pathlib, numpy as np\n"
+        "from trimpoint.runtimes import get_runtime\n"
+        "from trimpoint.runtimes.base import Lowered\n"
+        "from trimpoint.values import from_data\n"
+        "here = pathlib.Path(sys.argv[1])\n"
+        "lowered = from_data(Lowered, json.loads((here / 'lowered.json').read_text()))\n"
+        "session = get_runtime(lowered.runtime).open(here, lowered)\n"
+        "np.savez(here / 'outputs.npz', **session(dict(np.load(here / 'inputs.npz'))))\n"
+        "print([name for name in ('torch', 'onnx', 'scipy', 'optuna', 'nncf') if name in sys.modules])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+    assert run.stderr == ""
+    got = np.load(tmp_path / "outputs.npz")
+    assert sorted(got) == sorted(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got[name], value)
+
+
+def test_lowering_gives_the_same_bytes_again(runtime, cases, tmp_path):
+    module, inputs, exported, _ = cases["cnn"]
+    calibration = [as_numpy(inputs(8))]
+    found = []
+    for turn in ("one", "two"):
+        (tmp_path / turn).mkdir()
+        lowered = runtime.lower(exported, tmp_path / turn, formats=networks.int8(module), calibration=calibration)
+        found.append([(tmp_path / turn / name).read_bytes() for name in lowered.files["main"]])
+    assert found[0] == found[1]
+    assert all(word not in data for data in found[0] for word in (b"site-packages", str(tmp_path).encode(), b"DIR/"))
+
+
+def test_a_damaged_file_gives_one_clear_error(runtime, cases, tmp_path):
+    lowered = runtime.lower(cases["pair"][2], tmp_path)
+    (tmp_path / lowered.files["main"][0]).write_bytes(b"no model")
+    with pytest.raises(ArtifactError, match="cannot open 'model"):
+        runtime.open(tmp_path, lowered)
+
+
+def test_outputs_outlive_the_next_call(runtime, cases, tmp_path):
+    _, inputs, exported, _ = cases["cnn"]
+    session = runtime.open(tmp_path, runtime.lower(exported, tmp_path))
+    first = session(as_numpy(inputs()))
+    kept = first.copy()
+    session(as_numpy(inputs()))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_nothing_is_printed(runtime, cases, tmp_path, capfd):
+    module, inputs, exported, _ = cases["cnn"]
+    runtime.lower(exported, tmp_path, formats=networks.int8(module), calibration=[as_numpy(inputs())])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_unknown_runtime_is_refused_with_a_suggestion():
+    with pytest.raises(UnknownNameError) as caught:
+        get_runtime("openvno")
+    assert caught.value.hint == "did you mean `openvino`?"
+
+
+def test_versions(runtime):
+    assert runtime.version()[0].isdigit()

@@ -1,0 +1,1 @@
+"""Measuring: static counts, latency, memory, quality and its intervals, the environment."""

@@ -1,0 +1,132 @@
+"""The model in the making while a plan is applied, and what is known of it."""
+
+import copy
+import inspect
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimpoint.errors import DataError
+from trimpoint.graph import Edit, coupled_groups, find_blocks, trace
+from trimpoint.losses import call
+from trimpoint.method import Fact
+from trimpoint.task import Task
+from trimpoint.values import Block, Change, Format, Group
+
+
+@dataclass(kw_only=True)
+class Build:
+    """A model in the making: what the steps of a plan share and change."""
+
+    module: nn.Module
+    given: nn.Module
+    task: Task | None
+    memory: MutableMapping[str, Tensor] | None = None
+    changes: list[Change] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    formats: dict[str, dict[str, Format]] = field(default_factory=dict)
+    ranges: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Fact] = field(default_factory=dict)
+    structure: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def original(self) -> nn.Module:
+        """The unmodified model in evaluation mode: the given one, or a copy where that is in training mode."""
+        return copy.deepcopy(self.given).eval() if any(m.training for m in self.given.modules()) else self.given
+
+    def inputs(self) -> Any:
+        """Return example inputs of the whole model, two samples."""
+        if self.task is None:
+            raise DataError("Changing the structure of a model needs example inputs.", "give a task")
+        return self.task.example_batch(2)
+
+    def core(self) -> tuple[nn.Module, Any, str]:
+        """Return the exported module, example inputs for it, and the prefix of its paths."""
+        if self.task is None or self.task.core is None:
+            return self.module, self.inputs(), ""
+        core = self.task.core_of(self.module)
+        return core, inputs_of(core, self.module, self.inputs()), f"{self.task.core}."
+
+    def groups(self) -> tuple[Group, ...]:
+        """Return all coupled groups, with the paths of the whole model."""
+        if "groups" not in self.structure:
+            core, inputs, prefix = self.core()
+            self.structure["groups"] = tuple(
+                replace(group, members=tuple(replace(m, path=prefix + m.path) for m in group.members))
+                for group in coupled_groups(trace(core, inputs))
+            )
+        return self.structure["groups"]  # type: ignore[no-any-return]
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Return all blocks that can be bypassed, with the paths of the whole model."""
+        if "blocks" not in self.structure:
+            core, inputs, prefix = self.core()
+            self.structure["blocks"] = tuple(replace(b, path=prefix + b.path) for b in find_blocks(core, inputs))
+        return self.structure["blocks"]  # type: ignore[no-any-return]
+
+    def origin(self, path: str) -> str:
+        """Return the path that a module had in the unmodified model."""
+        return self.origins.get(path, path)
+
+    def edited(self, edits: Sequence[Edit]) -> None:
+        """Record edits of the structure, and forget what was known of it."""
+        self.edits += edits
+        self.structure.clear()
+
+
+def type_names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of a module's class and its base classes."""
+    return tuple(kind.__name__ for kind in type(module).__mro__)
+
+
+def own_shapes(module: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of a module's own parameters and buffers."""
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return tuple(tuple(tensor.shape) for tensor in tensors)
+
+
+def describe(module: nn.Module) -> str:
+    """Return a module in a few words.
+
+    Example:
+        >>> describe(nn.Conv2d(16, 32, 3))
+        'Conv2d 16→32'
+    """
+    name = type(module).__name__
+    for first, last in (("in_channels", "out_channels"), ("in_features", "out_features")):
+        if hasattr(module, first) and hasattr(module, last):
+            return f"{name} {getattr(module, first)}→{getattr(module, last)}"
+    size = next((getattr(module, key) for key in ("num_features", "normalized_shape") if hasattr(module, key)), None)
+    if size is not None:
+        return f"{name} {'×'.join(map(str, size)) if isinstance(size, tuple) else size}"
+    parameters = sum(p.numel() for p in module.parameters())
+    return f"{name} ({parameters:,} parameters)" if parameters else name
+
+
+def inputs_of(core: nn.Module, model: nn.Module, inputs: Any) -> Any:
+    """Return what `core` receives when `model` is called with `inputs`, as `call` takes it.
+
+    Raises:
+        DataError: if the model does not call its core.
+    """
+    seen: list[Any] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if kwargs and args:
+            kwargs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        seen.append(dict(kwargs) if kwargs else args)
+
+    handle = core.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            call(model, inputs)
+    finally:
+        handle.remove()
+    if not seen:
+        raise DataError("The model does not call its core on the example inputs.", "check `Task(core=...)`")
+    return seen[0]

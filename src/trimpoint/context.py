@@ -1,0 +1,311 @@
+"""What a method sees and may do while `compress` applies it: the one implementation of `Context`."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trimpoint.build import Build, describe, own_shapes, type_names
+from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
+from trimpoint.filters import EVERYTHING
+from trimpoint.graph import bypass_, remove_units_
+from trimpoint.losses import call
+from trimpoint.method import ALL_FACTS, Context, Site
+from trimpoint.plan import Step
+from trimpoint.recover.batches import epoch_batches, mix
+from trimpoint.recover.distill import Distillation, DistillationLoss, Teacher
+from trimpoint.recover.recipe import Recovery, check_batches
+from trimpoint.recover.trainer import train
+from trimpoint.signature import flatten
+from trimpoint.task import Task
+from trimpoint.values import Block, Change, ChangeKind, Format, Group
+
+Progress = Callable[[int, str, float], None]
+Lesson = tuple[Callable[[nn.Module, Any], Tensor], Callable[[int], int]]
+
+
+class _Context(Context):
+    """The context of one step.
+
+    Args:
+        build: the model in the making.
+        step: to be applied.
+        position: of the step in its plan.
+        seed: of the plan.
+        effort: see `Context`.
+        state: file for the state of a recovery, see `trimpoint.recover.train`.
+        progress: called with the step's position, a text and the finished share of the step.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        step: Step,
+        position: int,
+        seed: int,
+        *,
+        effort: float = 1.0,
+        state: Path | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._build, self._step, self._position, self._plan_seed = build, step, position, seed
+        self._state, self._progress = state, progress
+        self._traits, self._name = step.method.traits, step.method.name
+        self._changes: dict[str, Change] = {}
+        self._blocks: tuple[Block, ...] | None = None
+        self.task, self.effort = build.task, effort
+        self.seed = mix(seed, position)
+        self.rng = np.random.default_rng(self.seed)
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        """The model as it is now."""
+        return self._build.module
+
+    @property
+    def original(self) -> nn.Module:  # type: ignore[override]
+        """The unmodified model in evaluation mode."""
+        return self._build.original
+
+    # What there is
+
+    def modules(self) -> Iterator[Site]:
+        """Yield the modules in scope that still have the required facts."""
+        for path, module in list(self.module.named_modules()):
+            if not self._in_scope(path, module) or not set(self._traits.targets) & set(type_names(module)):
+                continue
+            if missing := self._missing(path):
+                self.skip(path, missing)
+            else:
+                yield Site(path=path, origin=self._build.origin(path), module=module)
+
+    def groups(self) -> tuple[Group, ...]:
+        """Return the removable groups all of whose producing modules are in scope."""
+        return tuple(group for group in self._build.groups() if self._admits(group))
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Return the blocks in scope that could be bypassed when the step began."""
+        if self._blocks is None:
+            self._blocks = tuple(b for b in self._build.blocks() if self._in_scope(b.path, self.get(b.path)))
+        return self._blocks
+
+    def get(self, path: str) -> nn.Module:
+        """Return the module at `path` as it is now."""
+        try:
+            return self.module.get_submodule(path)
+        except AttributeError as error:
+            names = [name for name, _ in self.module.named_modules() if name]
+            raise UnknownNameError(f"The model has no module {path!r}.", suggest(path, names)) from error
+
+    # What can be done
+
+    def resize(self, removals: Mapping[str, Sequence[int]]) -> None:
+        """Remove units from groups, all at once."""
+        groups = [group for group in self._build.groups() if removals.get(group.name)]
+        before = {path: (describe(module), own_shapes(module)) for path, module in self.module.named_modules()}
+        edits, rejected = remove_units_(self.module, groups, dict(removals), self._build.inputs())
+        self._build.edited(edits)
+        for group in groups:
+            reason = rejected.get(group.name)
+            removed = f"{len(removals[group.name])} of {group.size} units of `{group.name}`"
+            for path in dict.fromkeys(member.path for member in group.members):
+                if reason is None:
+                    self._change("resized", path, before[path][0], describe(self.get(path)), removed)
+                else:
+                    self.skip(path, reason)
+        members = {member.path for group in groups for member in group.members}
+        for path, module in self.module.named_modules():
+            if path not in members and own_shapes(module) != before[path][1]:
+                self._change("resized", path, before[path][0], describe(module), "its parameters are tied with these")
+
+    def bypass(self, path: str, reason: str = "") -> None:
+        """Replace the block at `path` by one that hands its first input on, or skip it where that does not run."""
+        before, below = (
+            describe(self.get(path)),
+            [f"{path}.{name}" for name, _ in self.get(path).named_modules() if name],
+        )
+        try:
+            edits = bypass_(self.module, path, self._build.inputs())
+        except SurgeryError as error:
+            self.skip(path, error.message)
+            return
+        self._build.edited(edits)
+        for inner in below:
+            self._lose(inner)
+        self._change("bypassed", path, before, "Bypass", reason)
+
+    def replace(self, path: str, module: nn.Module, reason: str = "") -> None:
+        """Put `module` wherever the module at `path` was used; it inherits the origins."""
+        old = self.get(path)
+        module.train(old.training)
+        for alias in self._aliases(old):
+            parent, _, name = alias.rpartition(".")
+            setattr(self.get(parent), name, module)
+            inner = (f"{alias}.{inner}" if inner else alias for inner, _ in module.named_modules())
+            self._build.origins.update(dict.fromkeys(inner, self._build.origin(alias)))
+        self._build.edited([])
+        self._change("replaced", path, describe(old), describe(module), reason)
+
+    def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
+        """Decide the number format of a tensor, under every path that the module has."""
+        for alias in self._aliases(self.get(path)):
+            self._build.formats.setdefault(alias, {})[tensor] = format
+        old = self._changes.get(self._build.origin(path))
+        text = f"{tensor} {format.dtype} per {format.granularity}"
+        after = f"{old.after}, {text}" if old is not None and old.kind == "assigned" else text
+        self._change("assigned", path, describe(self.get(path)), after, "")
+
+    def skip(self, path: str, reason: str) -> None:
+        """Record why a module stays as it is; the first reason counts."""
+        origin = self._build.origin(path)
+        self._changes.setdefault(origin, Change(method=self._name, origin=origin, kind="skipped", reason=reason))
+
+    @torch.no_grad()
+    def calibrate(self, observe: Callable[[str, nn.Module, tuple[Any, ...], Any], None], paths: Sequence[str]) -> int:
+        """Run all calibration data through the model in evaluation mode and observe the modules at `paths`."""
+        task = self._need_task()
+        model, samples = self.module.eval(), 0
+
+        def watch(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                observe(path, module, (*args, *kwargs.values()), output)
+
+            return hook
+
+        handles = [self.get(path).register_forward_hook(watch(path), with_kwargs=True) for path in paths]
+        try:
+            for inputs, _ in task.batches("calibrate"):
+                call(model, inputs)
+                samples += len(flatten(inputs)[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return samples
+
+    def train(self, recipe: Recovery, distillation: Distillation | None = None) -> None:
+        """Train the parameters in scope."""
+        if recipe.epochs == 0:
+            return self.skip("", "its length is 0 epochs")
+        task, model = self._need_task(), self.module
+        frozen = [] if self._step.where == EVERYTHING else self._out_of_scope_parameters()
+        if not any(p.requires_grad for p in model.parameters() if not any(p is other for other in frozen)):
+            return self.skip("", "nothing in scope can be trained: no parameter requires a gradient")
+        check_batches(model, task)
+        settings = recipe.settings(model, task, effort=self.effort, seed=self.seed)
+        loss, seeds = self._lesson(task, recipe, distillation)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            done = train(
+                model,
+                loss,
+                lambda epoch: (batch for _, batch in epoch_batches(task, seeds(epoch))),
+                settings,
+                state=self._state,
+                progress=None if self._progress is None else lambda share, text: self.report(text, share),
+            )
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            model.eval()
+        after = f"{done.steps:,} steps of {settings.optimizer}, loss {done.first_loss:.4g} → {done.last_loss:.4g}"
+        where = "" if self._step.where == EVERYTHING else f"at {self._step.where}"
+        self._change("trained", "", "", after, f"went on from step {done.resumed:,}" if done.resumed else where)
+
+    def report(self, text: str, share: float) -> None:
+        """Tell how far the step is."""
+        if self._progress is not None:
+            self._progress(self._position, f"{self._name}: {text}", share)
+
+    def close(self) -> None:
+        """Give what was in scope and not mentioned a reason, and hand the step's changes over."""
+        for path, reason in self._unmentioned():
+            self.skip(path, reason)
+        self._build.changes += self._changes.values()
+
+    # Inside
+
+    def _change(self, kind: ChangeKind, path: str, before: str, after: str, reason: str) -> None:
+        origin = self._build.origin(path)
+        self._changes[origin] = Change(
+            method=self._name, origin=origin, kind=kind, before=before, after=after, reason=reason
+        )
+        self._lose(path)
+
+    def _lose(self, path: str) -> None:
+        origin = self._build.origin(path)
+        self._build.facts[origin] = self._build.facts.get(origin, ALL_FACTS) & ~self._traits.removes
+
+    def _missing(self, path: str) -> str:
+        """Return why the required facts do not hold, empty where they do."""
+        missing = self._traits.requires & ~self._build.facts.get(self._build.origin(path), ALL_FACTS)
+        names = ", ".join(fact.name.lower() for fact in missing if fact.name)
+        return f"{self._name} needs what no longer holds here: {names}" if missing else ""
+
+    def _in_scope(self, path: str, module: nn.Module) -> bool:
+        return self._step.where.matches(self._build.origin(path), type_names(module))
+
+    def _admits(self, group: Group) -> bool:
+        """Return whether a group may be changed; record why not for its producing modules in scope."""
+        outs = list(dict.fromkeys(m.path for m in group.members if m.role == "out")) or [group.members[0].path]
+        inside = [path for path in outs if self._in_scope(path, self.get(path))]
+        if not inside:
+            return False
+        outside = next((path for path in outs if path not in inside), None)
+        lacking = next((why for m in group.members if (why := self._missing(m.path))), "")
+        coupled = f"its channels are coupled with `{outside}`, which is out of scope" if outside else ""
+        reason = group.reason or coupled or lacking
+        for path in inside if reason else ():
+            self.skip(path, reason)
+        return not reason
+
+    def _unmentioned(self) -> Iterator[tuple[str, str]]:
+        """Yield what is in scope of the step and has no entry yet, with a reason."""
+        acts_on = self._traits.acts_on
+        if acts_on == "blocks":
+            yield from ((block.path, "kept") for block in self.blocks())
+        for path, module in self.module.named_modules():
+            if not self._in_scope(path, module):
+                continue
+            if acts_on == "modules" and set(self._traits.targets) & set(type_names(module)):
+                yield path, f"left as it is by {self._name}"
+            if acts_on == "groups" and any(p.ndim > 1 for p in module.parameters(recurse=False)):
+                yield path, "no removable group begins here"
+        if not self._changes and acts_on in ("blocks", "model"):
+            yield "", f"nothing in scope that {self._name} acts on"
+
+    def _aliases(self, module: nn.Module) -> list[str]:
+        return [path for path, other in self.module.named_modules(remove_duplicate=False) if other is module]
+
+    def _out_of_scope_parameters(self) -> list[nn.Parameter]:
+        inside = {
+            id(parameter)
+            for path, module in self.module.named_modules()
+            if self._in_scope(path, module)
+            for parameter in module.parameters(recurse=False)
+        }
+        return [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
+
+    def _need_task(self) -> Task:
+        if self.task is None:
+            raise DataError(f"{self._name} needs a task.", "give one to `compress(model, plan, task)`")
+        return self.task
+
+    def _lesson(self, task: Task, recipe: Recovery, distillation: Distillation | None) -> Lesson:
+        """Return the loss to train with, and the seed of each epoch.
+
+        With a teacher, epochs are seeded by the plan's seed only, so that all plans see the same views and share what
+        the teacher said about them.
+        """
+        if distillation is None:
+            return task.loss_of, lambda epoch: mix(self.seed, epoch)
+        views, memory = distillation.views, self._build.memory
+        if memory is None and 0 < views < recipe.epochs * self.effort:
+            memory = {}
+        teacher = Teacher(self.original, memory if views else None, task.core)
+        return DistillationLoss(task, teacher, distillation), lambda epoch: mix(
+            self._plan_seed, epoch % views if views else epoch
+        )

@@ -1,0 +1,1 @@
+"""Compression and recovery techniques: one file each, found by `trimpoint.method.all_methods`."""

@@ -1,0 +1,159 @@
+"""Which blocks go, and what is left."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from trimpoint.compress import compress
+from trimpoint.demo.resnet import ResNet
+from trimpoint.errors import DataError, InvalidParameterError, UnknownNameError
+from trimpoint.filters import Glob
+from trimpoint.graph import Bypass
+from trimpoint.method import Fact
+from trimpoint.methods.drop_blocks import DropBlocks, least, spread
+from trimpoint.plan import Plan, Step
+from trimpoint.task import Task
+from trimpoint.values import Block
+
+
+def make_blocks(*families):
+    return [
+        Block(path=f"{f}.{i}", shape=(1, 2), params=1, family=str(f)) for f, n in enumerate(families) for i in range(n)
+    ]
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return ResNet(widths=(8, 16), depth=3).eval()
+
+
+@pytest.fixture(scope="module")
+def task():
+    generator = torch.Generator().manual_seed(0)
+    return Task(calibrate=TensorDataset(torch.randn(6, 1, 8, 8, generator=generator), torch.zeros(6)), batch_size=4)
+
+
+def dropped(compressed):
+    return [path for path, module in compressed.module.named_modules() if isinstance(module, Bypass)]
+
+
+@pytest.mark.parametrize(
+    ("families", "count", "expected"),
+    [
+        ((4,), 2, ["0.1", "0.3"]),
+        ((6,), 3, ["0.1", "0.3", "0.5"]),
+        ((6,), 2, ["0.2", "0.5"]),
+        ((3, 2, 2), 4, ["0.1", "0.2", "1.1", "2.1"]),
+        ((3, 2, 2), 7, ["0.0", "0.1", "0.2", "1.0", "1.1", "2.0", "2.1"]),
+        ((3, 2, 2), 0, []),
+    ],
+)
+def test_even_spread(families, count, expected):
+    assert spread(make_blocks(*families), count) == expected
+
+
+def test_last_ones():
+    assert spread(make_blocks(4, 2), 3, last=True) == ["0.2", "0.3", "1.1"]
+
+
+@pytest.mark.parametrize("count", range(8))
+def test_spread_always_chooses_as_many_as_asked(count):
+    for families in ((7,), (3, 4), (1, 1, 5), (1,) * 7):
+        assert len(set(spread(make_blocks(*families), count))) == count
+
+
+def test_least_influence_keeps_the_order_of_execution():
+    assert least({"a": 0.3, "b": 0.1, "c": 0.2}, 2) == ["b", "c"]
+
+
+def test_half_of_the_blocks_of_a_resnet(model, task):
+    compressed = compress(model, Plan((Step(DropBlocks(ratio=0.5)),)), task)
+    assert dropped(compressed) == ["stages.0.1", "stages.0.2", "stages.1.2"]
+    kinds = {change.origin: change.kind for change in compressed.changes}
+    assert sorted(kinds.values()) == ["bypassed"] * 3 + ["skipped"] * 2
+    assert all(change.reason for change in compressed.changes)
+    for path in dropped(compressed):
+        assert Fact.PRESENT not in compressed.facts[f"{path}.conv1"]
+    assert Fact.PRESENT in compressed.facts["stages.1.0.conv1"]
+    assert compressed.module(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_bypassed_blocks_hand_their_input_on(model, task):
+    compressed = compress(model, Plan((Step(DropBlocks(blocks=("stages.0.1", "stages.1.2"))),)), task)
+    x = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        y = model.stages[0][2](model.stages[0][0](model.stem(x)))
+        y = model.stages[1][1](model.stages[1][0](y))
+        expected = model.head(model.flatten(model.pool(y)))
+        assert torch.allclose(compressed.module(x), expected, atol=1e-6)
+
+
+def test_ratio_zero_is_exactly_nothing(model, task):
+    compressed = compress(model, Plan((Step(DropBlocks(ratio=0.0)),)), task)
+    assert {change.kind for change in compressed.changes} == {"skipped"}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), compressed.module.parameters(), strict=True))
+
+
+def test_ratio_one_leaves_what_changes_the_shape(model, task):
+    compressed = compress(model, Plan((Step(DropBlocks(ratio=1.0)),)), task)
+    assert dropped(compressed) == ["stages.0.0", "stages.0.1", "stages.0.2", "stages.1.1", "stages.1.2"]
+
+
+def test_where_limits_the_choice(model, task):
+    compressed = compress(model, Plan((Step(DropBlocks(ratio=1.0), Glob("stages.1")),)), task)
+    assert dropped(compressed) == ["stages.1.1", "stages.1.2"]
+
+
+def test_scope_without_blocks_is_told(model, task):
+    (change,) = compress(model, Plan((Step(DropBlocks(), Glob("head")),)), task).changes
+    assert (change.kind, change.origin) == ("skipped", "")
+    assert "nothing in scope" in change.reason
+
+
+class Scaled(nn.Module):
+    """Residual layers whose influence is known: `cos(x, x + s·rotate(x)) = 1 / sqrt(1 + s²)`."""
+
+    class Layer(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.turn = nn.Linear(2, 2, bias=False)
+            self.turn.weight.data = scale * torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+
+        def forward(self, x):
+            return x + self.turn(x)
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(*(self.Layer(scale) for scale in (1.0, 0.1, 3.0, 0.5)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_influence_ranks_by_the_known_angle():
+    task = Task(calibrate=TensorDataset(torch.randn(16, 2), torch.zeros(16)))
+    compressed = compress(Scaled(), Plan((Step(DropBlocks(ratio=0.5, rank="influence")),)), task)
+    told = {change.origin: change.reason for change in compressed.changes if change.kind == "bypassed"}
+    assert told == {f"layers.{i}": f"influence {1 - 1 / math.sqrt(1 + s * s):.4f}" for i, s in ((1, 0.1), (3, 0.5))}
+
+
+def test_influence_needs_calibration_data(model, task):
+    plan = Plan((Step(DropBlocks(rank="influence")),))
+    with pytest.raises(DataError, match="no `calibrate` data"):
+        compress(model, plan, Task(example=torch.zeros(1, 8, 8)))
+
+
+@pytest.mark.parametrize("path", ["stages.1.0", "stages.9.9"])
+def test_named_block_that_cannot_go(model, task, path):
+    with pytest.raises(UnknownNameError, match=r"no block in scope that can be removed[\s\S]*hint"):
+        compress(model, Plan((Step(DropBlocks(blocks=(path,))),)), task)
+
+
+@pytest.mark.parametrize("wrong", [{"ratio": 1.5}, {"rank": "first"}, {"blocks": "layer.0"}])
+def test_parameters_out_of_range(wrong):
+    with pytest.raises(InvalidParameterError, match=next(iter(wrong))):
+        DropBlocks(**wrong)

@@ -1,0 +1,277 @@
+"""The search itself: straight-line code over trials that are remembered, so that to resume is to run it again.
+
+Every decision is a function of recorded trials and of recorded decisions. A trial that has ended is never run twice,
+whatever killed the process that ran it.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from trimpoint.errors import StorageError, StudyError, TrimpointError
+from trimpoint.filters import EVERYTHING, Filter
+from trimpoint.method import Method, Stage
+from trimpoint.plan import Plan, Step
+from trimpoint.progress import SILENT, Progress
+from trimpoint.search.log import TrialLog
+from trimpoint.search.pick import choose, ratio, standing
+from trimpoint.search.probe import Probe, probe
+from trimpoint.search.rungs import Rung, effort_for, promote, widths
+from trimpoint.search.space import Structure, ladder, usable_methods
+from trimpoint.search.workbench import Workbench
+from trimpoint.target import Goal, Target
+from trimpoint.task import Task
+from trimpoint.values import Trial
+
+ONE_LINE = "one-line-int8"
+CONTROL = "control: "
+CLOSING_SHARE = 0.06
+"""Share of the budget that is kept for choosing, certifying and writing the artifact."""
+RUNG_SHARES = (0.25, 0.35, 1.0)
+"""Share of what is left of the training time that each rung may use."""
+CONTAINED = (TrimpointError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+"""What a trial may raise without ending the search; it becomes a recorded failure."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a search was asked for.
+
+    Args:
+        target: where the model must run.
+        goal: what it must reach.
+        seconds: budget in time, or `None`.
+        trials: budget in trials of candidates, or `None`.
+        seed: of everything random.
+        where: what may be changed.
+        recovery: the step that brings quality back; `None` where the task cannot train.
+    """
+
+    target: Target
+    goal: Goal
+    seconds: float | None = None
+    trials: int | None = None
+    seed: int = 0
+    where: Filter = EVERYTHING
+    recovery: Method | None = None
+
+
+@dataclass
+class Engine:
+    """One run over one study.
+
+    Args:
+        model: unmodified, in evaluation mode.
+        task: what it is for.
+        settings: what was asked for.
+        log: where trials are kept.
+        bench: what runs plans and measures them.
+        progress: where it tells how far it is.
+    """
+
+    model: nn.Module
+    task: Task
+    settings: Settings
+    log: TrialLog
+    bench: Workbench
+    progress: Progress = SILENT
+    _done: dict[tuple[str, int], Trial] = field(default_factory=dict)
+    _spent_before: float = 0.0
+    _started: float = 0.0
+
+    def run(self) -> None:
+        """Run the search to its end, or to the end of its budget."""
+        self._started = time.monotonic()
+        self.log.close_interrupted()
+        self._spent_before = float(self.log.settings().get("seconds", 0.0))
+        self._done = {(t.plan_hash, t.rung): t for t in self.log.trials()}
+        self.progress.phase("baseline")
+        baseline = self._baseline()
+        self._one_line_int8()
+        self.progress.phase("probe")
+        found = self._probe()
+        self.progress.phase("search")
+        self._halve(baseline, found)
+
+    # Clock and memory
+
+    @property
+    def spent(self) -> float:
+        """Seconds used so far, by this run and by those before it."""
+        return self._spent_before + time.monotonic() - self._started
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left for trials, or `None` without a limit in time."""
+        budget = self.settings.seconds
+        return None if budget is None else budget * (1 - CLOSING_SHARE) - self.spent
+
+    def trials(self) -> list[Trial]:
+        """Return the trials that have ended, by number."""
+        return sorted(self._done.values(), key=lambda t: t.number)
+
+    def reference(self) -> Trial:
+        """Return what drops are certified against: the baseline, or the original trained further if that is better."""
+        baseline = next(t for t in self.trials() if t.role == "baseline")
+        controls = [t for t in self.trials() if t.label.startswith(CONTROL) and t.quality and t.state == "complete"]
+        better = [t for t in controls if t.quality and t.quality.drop_upper is not None and t.quality.drop_upper < 0]
+        return max(better, key=lambda t: -(t.quality.drop or 0.0) if t.quality else 0.0, default=baseline)
+
+    def _decide(self, key: str, decide: Callable[[], Any]) -> Any:
+        """Return a decision: the recorded one, or a new one that is recorded before it is acted on."""
+        known = self.log.settings()
+        if key in known:
+            return known[key]
+        decision = decide()
+        self.log.note(key, decision)
+        return decision
+
+    def _trial(
+        self, plan_hash: str, rung: int, start: Trial, run: Callable[[Trial], Trial], *, fatal: bool = False
+    ) -> Trial:
+        if (known := self._done.get((plan_hash, rung))) is not None:
+            return known
+        number = self.log.start()
+        began = time.monotonic()
+        trial = replace(start, number=number, plan_hash=plan_hash, rung=rung)
+        try:
+            trial = replace(run(trial), state="complete")
+        except StorageError:
+            raise
+        except CONTAINED as error:
+            trial = replace(trial, state="failed", error=f"{type(error).__name__}: {error}")
+            if fatal:
+                self.log.finish(replace(trial, seconds=time.monotonic() - began))
+                raise
+        trial = replace(trial, seconds=round(time.monotonic() - began, 2))
+        self.log.finish(trial)
+        self.log.note("seconds", round(self.spent, 1))
+        self._done[plan_hash, rung] = trial
+        self._tell(trial)
+        return trial
+
+    # The two trials that come first
+
+    def _baseline(self) -> Trial:
+        plan = Plan(seed=self.settings.seed)
+        start = Trial(
+            number=0, plan=plan.to_data(), plan_hash="", rung=0, state="running", role="baseline", label="unmodified"
+        )
+        trial = self._trial(plan.hash, 0, start, self.bench.baseline, fatal=True)
+        if trial.state != "complete":
+            raise StudyError(f"The unmodified model could not be measured: {trial.error}", "start a new study")
+        self.bench.use_baseline(trial)
+        return trial
+
+    def _one_line_int8(self) -> Trial:
+        start = Trial(
+            number=0, plan={}, plan_hash="", rung=0, state="running", role="one_line_int8", label="one-line int8"
+        )
+        return self._trial(ONE_LINE, 0, start, self.bench.one_line_int8)
+
+    # What to try
+
+    def _probe(self) -> Probe:
+        settings = self.settings
+        kinds, left_out = usable_methods(self.task, (Stage.STRUCTURE, Stage.FACTORIZE))
+        quantisers, more = usable_methods(self.task, (Stage.QUANTIZE,))
+        found = probe(self.bench, kinds, quantisers, where=settings.where, decide=self._decide, progress=self.progress)
+        self.log.note("space", {**left_out, **more, **found.left_out})
+        return found
+
+    def _plan(self, structure: Structure, found: Probe, *, quantised: bool = True) -> Plan:
+        steps = list(structure.steps)
+        if self.settings.recovery is not None:
+            steps.append(Step(self.settings.recovery))
+        if quantised and found.quantiser is not None:
+            steps.append(Step(found.quantiser, self.settings.where))
+        return Plan(tuple(steps), self.settings.seed)
+
+    def _halve(self, baseline: Trial, found: Probe) -> None:
+        recovery = self.settings.recovery
+        untouched = Structure(steps=(), shares={})
+        if found.quantiser is not None:
+            self._candidate(
+                Plan((Step(found.quantiser, self.settings.where),), self.settings.seed),
+                Rung(number=0, width=1, effort=1.0),
+            )
+        full_seconds = 0.0
+        if recovery is not None and (self.left is None or self.left > 120):
+            control = Rung(number=0, width=1, effort=self._decide("control", lambda: {"effort": 0.02})["effort"])
+            control_plan = self._plan(untouched, found, quantised=False)
+            trial = self._candidate(control_plan, control, label=CONTROL)
+            trained = self.bench.training_seconds(control_plan, control.effort) if trial.state == "complete" else 0.0
+            full_seconds = trained / control.effort
+        counts = self._decide("widths", lambda: list(widths(self.left, self.settings.trials)))
+        if not counts:
+            return
+        chosen = ladder(found.structures, counts[0])
+        plans = {self._plan(s, found).hash: (s, self._plan(s, found)) for s in chosen}
+        shape_ratio = sum(s.gains.get("latency_ms", 1.0) for s in chosen) / max(len(chosen), 1)
+        racing, effort = list(plans), 0.0
+        for number, width in enumerate(counts):
+            racing = racing[:width]
+            rung = self._rung(number, len(racing), effort, full_seconds * shape_ratio, last=number == len(counts) - 1)
+            effort = rung.effort
+            ended = []
+            for plan_hash in racing:
+                if self._out_of_time():
+                    break
+                ended.append(self._candidate(plans[plan_hash][1], rung))
+            if number + 1 < len(counts):
+                left = len(counts) - number - 1
+                racing = [t.plan_hash for t in promote(ended, baseline, self.settings.goal, counts[number + 1], left)]
+                shape_ratio = self._mean_cost([plans[h][0] for h in racing], shape_ratio)
+        if recovery is not None and found.quantiser is not None:
+            for plan_hash in racing:
+                if not self._out_of_time():
+                    self._candidate(self._plan(plans[plan_hash][0], found, quantised=False), rung)
+
+    def _mean_cost(self, structures: Sequence[Structure], default: float) -> float:
+        gains = [s.gains.get("latency_ms", 1.0) for s in structures]
+        return sum(gains) / len(gains) if gains else default
+
+    def _rung(self, number: int, width: int, before: float, full_seconds: float, *, last: bool) -> Rung:
+        def decide() -> Mapping[str, float]:
+            if self.settings.recovery is None or self.left is None or not full_seconds:
+                return {"effort": (1 / 9, 1 / 3, 1.0)[number]}
+            share = 1.0 if last else RUNG_SHARES[number]
+            overhead = self.bench.overhead_seconds
+            effort = effort_for(self.left * share, width, full_seconds=full_seconds, before=before, overhead=overhead)
+            return {"effort": round(effort, 4)}
+
+        return Rung(number=number, width=width, effort=self._decide(f"rung/{number}", decide)["effort"])
+
+    def _candidate(self, plan: Plan, rung: Rung, *, label: str = "") -> Trial:
+        start = Trial(
+            number=0, plan=plan.to_data(), plan_hash="", rung=rung.number, state="running", label=label + str(plan)
+        )
+        return self._trial(plan.hash, rung.number, start, lambda trial: self.bench.candidate(trial, plan, rung.effort))
+
+    def _out_of_time(self) -> bool:
+        return self.left is not None and self.left <= 0
+
+    def _tell(self, trial: Trial) -> None:
+        baseline = next((t for t in self.trials() if t.role == "baseline"), None)
+        if baseline is None or trial.state != "complete":
+            self.progress.message(f"trial {trial.number}: {trial.label}: {trial.state} {trial.error}".rstrip())
+            return
+        best = choose(self.trials(), baseline, self.settings.goal)
+        self.progress.message(_line(trial, baseline, self.settings.goal))
+        self.progress.update(
+            fraction=None if self.settings.seconds is None else min(1.0, self.spent / self.settings.seconds),
+            best="" if best is None else _line(best, baseline, self.settings.goal),
+            seconds_left=None if self.settings.seconds is None else max(0.0, self.settings.seconds - self.spent),
+        )
+
+
+def _line(trial: Trial, baseline: Trial, goal: Goal) -> str:
+    metrics = "  ".join(f"{name} {ratio(trial, baseline, name):.3g}x" for name in goal.minimize)
+    quality = trial.quality
+    score = "" if quality is None else f"  {quality.name} {quality.value:.4g}"
+    drop = "" if quality is None or quality.drop_upper is None else f" (drop ≤ {quality.drop_upper:.3g})"
+    held = "" if standing(trial, baseline, goal).feasible else "  does not meet the goal"
+    return f"trial {trial.number} rung {trial.rung}: {trial.label}: {metrics}{score}{drop}{held}"

@@ -1,0 +1,129 @@
+"""The one truth about a study: Optuna's relational storage (SQLite here, PostgreSQL where it is shared).
+
+A trial is written as running when it starts and told when it ends; settings and decisions are attributes of the study.
+Whatever was committed survives a kill at any moment. The file opens in optuna-dashboard.
+"""
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trimpoint.errors import StorageError, StudyError
+from trimpoint.search.frontier import SCORE, costs
+from trimpoint.values import Certificate, Trial, from_data, to_data
+
+NAME = "trimpoint"
+FILE = "study.db"
+_CERTIFICATE = "certificate/"
+OBJECTIVES = ("latency_ms", "file_bytes", SCORE)
+
+
+class TrialLog:
+    """The trials and settings of one study, on disk.
+
+    Args:
+        url: of the storage, such as `sqlite:///runs/mine/study.db`.
+    """
+
+    def __init__(self, url: str) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._optuna = optuna
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study = self._guard(
+                lambda: optuna.create_study(
+                    storage=optuna.storages.RDBStorage(url, skip_compatibility_check=False),
+                    study_name=NAME,
+                    directions=["minimize"] * len(OBJECTIVES),
+                    sampler=optuna.samplers.RandomSampler(seed=0),
+                    load_if_exists=True,
+                )
+            )
+        self._open: dict[int, Any] = {}
+
+    @classmethod
+    def in_directory(cls, directory: Path, *, create: bool = False) -> "TrialLog":
+        """Open the log of a study directory.
+
+        Raises:
+            StudyError: if there is none and `create` is false.
+        """
+        path = directory / FILE
+        if not create and not path.is_file():
+            raise StudyError(
+                f"There is no study in {directory}.", "give the directory that `trimpoint search --out` named"
+            )
+        return cls(f"sqlite:///{path.resolve().as_posix()}")
+
+    def _guard(self, action: Any) -> Any:
+        from sqlalchemy.exc import DatabaseError
+
+        try:
+            return action()
+        except (self._optuna.exceptions.StorageInternalError, DatabaseError) as error:
+            reason = getattr(error.__cause__ or error, "orig", None) or error.__cause__ or error
+            raise StorageError(
+                f"The study cannot be read or written: {reason}.",
+                "is the disk full, or the file damaged? What was committed before is kept; `trimpoint resume` goes on",
+            ) from error
+
+    # Settings
+
+    def settings(self) -> dict[str, Any]:
+        """Return what was noted with `note`."""
+        return {key: json.loads(value) for key, value in self._guard(lambda: self._study.user_attrs).items()}
+
+    def note(self, key: str, value: Any) -> None:
+        """Keep a JSON value under `key`, replacing what was there."""
+        self._guard(lambda: self._study.set_user_attr(key, json.dumps(to_data(value))))
+
+    # Trials
+
+    def start(self) -> int:
+        """Write a running trial; return its number."""
+        trial = self._guard(self._study.ask)
+        self._open[trial.number] = trial
+        return int(trial.number)
+
+    def finish(self, trial: Trial) -> None:
+        """Write how a started trial ended: its record and its state, the state last."""
+        handle = self._open.pop(trial.number)
+        self._guard(lambda: handle.set_user_attr("record", json.dumps(to_data(trial))))
+        states = self._optuna.trial.TrialState
+        values = [float(cost) for cost in costs([trial], OBJECTIVES)[0]]
+        complete = trial.state == "complete" and all(value == value and abs(value) < 1e300 for value in values)
+        self._guard(
+            lambda: self._study.tell(
+                handle, values if complete else None, state=states.COMPLETE if complete else states.FAIL
+            )
+        )
+
+    def certify(self, number: int, certificate: Certificate) -> None:
+        """Keep the certificate of a finished trial (Optuna does not let a finished trial be changed)."""
+        self.note(f"{_CERTIFICATE}{number}", certificate)
+
+    def close_interrupted(self) -> list[int]:
+        """Mark the trials that a process left running as failed; return their numbers."""
+        running = [t for t in self._trials() if t.state == self._optuna.trial.TrialState.RUNNING]
+        for trial in running:
+            self._guard(lambda trial=trial: self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL))
+        return [trial.number for trial in running]
+
+    def trials(self) -> tuple[Trial, ...]:
+        """Return all trials that ended with a record, by number, with their certificates."""
+        records = (trial.user_attrs.get("record") for trial in self._trials())
+        trials = (from_data(Trial, json.loads(record)) for record in records if record is not None)
+        settings = self.settings()
+        return tuple(
+            replace(trial, certificate=from_data(Certificate, settings[key]))
+            if (key := f"{_CERTIFICATE}{trial.number}") in settings
+            else trial
+            for trial in trials
+        )
+
+    def _trials(self) -> list[Any]:
+        return self._guard(lambda: self._study.get_trials(deepcopy=False))  # type: ignore[no-any-return]

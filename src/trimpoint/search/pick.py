@@ -1,0 +1,151 @@
+"""Which trial is handed over: feasible first, then the best product of what was to be minimised. Pure functions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimpoint.target import METRICS, Goal
+from trimpoint.values import Trial
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a trial stands against the goal.
+
+    Args:
+        merit: geometric mean, over the metrics to minimise, of the ratio to the baseline: below 1 is better.
+        excess: by how much the worst limit is exceeded, relative; 0 within all limits.
+        limit: the limit that is exceeded most, in words; empty when feasible.
+    """
+
+    merit: float
+    excess: float
+    limit: str = ""
+
+    @property
+    def feasible(self) -> bool:
+        """Whether all limits hold."""
+        return self.excess <= 0
+
+
+def ratio(trial: Trial, baseline: Trial, metric: str) -> float:
+    """Return trial ÷ baseline where lower is better, baseline ÷ trial where higher is; infinite where not measured.
+
+    For the latency it is the measured, interleaved ratio, since the two absolute figures come from different moments.
+    """
+    if metric == "latency_ms" and "latency_ratio" in trial.profile:
+        return 1 / trial.profile["latency_ratio"].value
+    if metric not in trial.profile or metric not in baseline.profile:
+        return float("inf")
+    value, base = trial.profile[metric].value, baseline.profile[metric].value
+    if METRICS[metric] == "higher":
+        value, base = base, value
+    return value / base if base else float("inf")
+
+
+def standing(trial: Trial, baseline: Trial, goal: Goal) -> Standing:
+    """Return how `trial` stands against `goal`; limits apply to the worse end of each interval."""
+    merit = float(np.exp(np.mean([np.log(max(ratio(trial, baseline, m), 1e-9)) for m in goal.minimize])))
+    excesses: dict[str, float] = {}
+    for metric in goal.limits:
+        limit = goal.limit(metric, baseline.profile[metric].value if metric in baseline.profile else float("nan"))
+        measured = trial.profile.get(metric)
+        if measured is None:
+            excesses[f"{metric} could not be measured"] = float("inf")
+        elif METRICS[metric] == "lower":
+            worst = measured.value if measured.high is None else measured.high
+            excesses[f"{metric} ≤ {limit:.4g} (it is {worst:.4g})"] = worst / limit - 1
+        else:
+            worst = measured.value if measured.low is None else measured.low
+            excesses[f"{metric} ≥ {limit:.4g} (it is {worst:.4g})"] = limit / max(worst, 1e-12) - 1
+    if trial.quality is not None and trial.role != "baseline":
+        allowed = goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
+        upper = trial.quality.drop_upper
+        if upper is None:
+            excesses["the drop is not known"] = float("inf")
+        else:
+            text = f"drop of {trial.quality.name} ≤ {allowed:.4g} (its upper bound is {upper:.4g})"
+            excesses[text] = (upper - allowed) / max(allowed, 1e-6)
+    worst_name = max(excesses, key=lambda name: excesses[name], default="")
+    excess = max(0.0, excesses[worst_name]) if worst_name else 0.0
+    return Standing(merit=merit, excess=excess, limit=worst_name if excess > 0 else "")
+
+
+def choose(trials: Sequence[Trial], baseline: Trial, goal: Goal) -> Trial | None:
+    """Return the feasible, complete trial of the best merit; between equals the first metric, then the score."""
+    fitting = [t for t in trials if t.state == "complete" and standing(t, baseline, goal).feasible]
+    return min(
+        fitting,
+        key=lambda t: (
+            round(standing(t, baseline, goal).merit, 4),
+            ratio(t, baseline, goal.minimize[0]),
+            t.quality.drop or 0.0 if t.quality else 0.0,
+            t.number,
+        ),
+        default=None,
+    )
+
+
+def nearest(trials: Sequence[Trial], baseline: Trial, goal: Goal) -> Trial | None:
+    """Return the complete trial that exceeds the limits least."""
+    done = [t for t in trials if t.state == "complete"]
+    return min(done, key=lambda t: (standing(t, baseline, goal).excess, t.number), default=None)
+
+
+def verdict(best: Trial | None, near: Trial | None, baseline: Trial, one_liner: Trial | None, goal: Goal) -> str:
+    """Return one sentence: what came out, and what the search added over the runtime's one-line int8."""
+    if best is None:
+        if near is None:
+            return "No trial is complete yet."
+        return (
+            f"Nothing met the goal. Nearest is trial {near.number} ({near.label}): it misses "
+            f"{standing(near, baseline, goal).limit}."
+        )
+    if best.role == "baseline":
+        return (
+            "The unmodified model is the best that meets the goal: nothing that was tried was better and good enough."
+        )
+    text = f"Trial {best.number} ({best.label}) is {_times(best, baseline)} than the unmodified model"
+    if best.quality is not None and best.quality.drop is not None:
+        text += f", {_loss(best)} on `{best.quality.split}`"
+    if one_liner is not None and one_liner.number == best.number:
+        return text + "; it is the runtime's one-line int8, and the search found nothing better."
+    if one_liner is not None and one_liner.state == "complete":
+        text += f"; against the one-line int8 it is {_times(best, one_liner)}"
+        if not standing(one_liner, baseline, goal).feasible:
+            text += ", which does not meet the goal itself"
+    return text + "."
+
+
+def speed(trial: Trial, other: Trial) -> float:
+    """Return how many times faster `trial` is than `other`, from the ratios of both to the same baseline."""
+    if "latency_ratio" in trial.profile:
+        base = other.profile["latency_ratio"].value if "latency_ratio" in other.profile else 1.0
+        return trial.profile["latency_ratio"].value / base
+    if "latency_ms" in trial.profile and "latency_ms" in other.profile:
+        return other.profile["latency_ms"].value / trial.profile["latency_ms"].value
+    return float("nan")
+
+
+def _times(trial: Trial, other: Trial) -> str:
+    faster = speed(trial, other)
+    smaller = 1 / ratio(trial, other, "file_bytes")
+    parts = [_factor(faster, "faster", "slower"), _factor(smaller, "smaller", "larger")]
+    return " and ".join(part for part in parts if part)
+
+
+def _factor(value: float, better: str, worse: str) -> str:
+    if not np.isfinite(value) or value <= 0:
+        return ""
+    return f"{value:.2f}× {better}" if value >= 1 else f"{1 / value:.2f}× {worse}"
+
+
+def _loss(trial: Trial) -> str:
+    quality = trial.quality
+    if quality is None or quality.drop is None:
+        return ""
+    scale, unit = (100, "points") if quality.name == "accuracy" else (1, "")
+    word = "loses" if quality.drop >= 0 else "gains"
+    bound = "" if quality.drop_upper is None else f" (at most {quality.drop_upper * scale:.2f} with 95 % confidence)"
+    return f"{word} {abs(quality.drop) * scale:.2f} {unit}".rstrip() + f" of {quality.name}{bound}"

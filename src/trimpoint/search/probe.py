@@ -1,0 +1,155 @@
+"""What each kind of change is worth on this target, before anything is trained.
+
+Latency depends on the configuration, not on how its weights were obtained, so a few shapes are exported and timed
+untrained. They correct the forecasts that the operator profile gives for all the others.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from trimpoint.filters import EVERYTHING, Filter
+from trimpoint.method import Method
+from trimpoint.plan import Plan, Step
+from trimpoint.progress import Progress
+from trimpoint.runtimes.base import OperatorTime
+from trimpoint.search.space import Structure, forecast, structures
+from trimpoint.values import Block, Group
+
+WORTH = 0.98
+"""A kind of change is worth trying when it brings speed and size together below this share of the baseline."""
+
+
+class Shapes(Protocol):
+    """What the probe needs: a model's parts, and a way of measuring a shape."""
+
+    @property
+    def leaves(self) -> Mapping[str, int]:
+        """Modules with weights and their numbers of parameters."""
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Return the blocks of the unmodified model."""
+
+    def groups(self) -> tuple[Group, ...]:
+        """Return the coupled groups of the unmodified model."""
+
+    def shape(self, plan: Plan) -> dict[str, float]:
+        """Apply a plan without recovery, lower it and return its `latency_ms` and `file_bytes` over the baseline's."""
+
+    def operators(self, plan: Plan) -> list[OperatorTime]:
+        """Return the operator times of a plan without recovery."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What the probe found.
+
+    Args:
+        structures: everything that may be tried, with corrected forecasts.
+        quantiser: the quantise step that pays on this target, if one does.
+        left_out: method → why the search does without it.
+        rows: what was measured: `what`, `latency_ms` and `file_bytes` over the baseline's, and the forecasts.
+    """
+
+    structures: list[Structure]
+    quantiser: Method | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+
+
+def probe(
+    bench: Shapes,
+    kinds: Sequence[type[Method]],
+    quantisers: Sequence[type[Method]],
+    *,
+    where: Filter = EVERYTHING,
+    decide: Callable[[str, Callable[[], Any]], Any],
+    progress: Progress,
+) -> Probe:
+    """Measure a few shapes and forecast the rest.
+
+    Args:
+        bench: what measures.
+        kinds: structural methods that may be used.
+        quantisers: quantise methods that may be used.
+        where: what may be changed.
+        decide: returns the recorded result of a measurement or makes and records it.
+        progress: where to tell how far it is.
+    """
+    blocks, groups = bench.blocks(), bench.groups()
+    left_out: dict[str, str] = {}
+    rows: list[dict[str, Any]] = []
+
+    def measured(plan: Plan) -> dict[str, float]:
+        progress.update(text=f"measuring the shape of {plan}")
+        return dict(decide(f"shape/{plan.hash[:16]}", lambda: bench.shape(plan)))
+
+    quantiser = None
+    for kind in quantisers:
+        ratios = measured(Plan((Step(kind(), where),)))
+        rows.append({"what": kind.method_name(), **ratios})
+        if _merit(ratios) < WORTH and quantiser is None:
+            quantiser = kind()
+        elif _merit(ratios) >= WORTH:
+            left_out[kind.method_name()] = f"does not pay on this target: {_words(ratios)}"
+    tail = (Step(quantiser, where),) if quantiser is not None else ()
+    reference = measured(Plan(tail)) if tail else {"latency_ms": 1.0, "file_bytes": 1.0}
+    operators = [
+        OperatorTime(**row) for row in decide("operators", lambda: [vars(op) for op in bench.operators(Plan(tail))])
+    ]
+
+    corrections: dict[str, float] = {}
+    useful = []
+    for kind in kinds:
+        variants = kind.variants(blocks, groups)
+        samples = [variants[i] for i in sorted({len(variants) // 2, len(variants) - 1})] if variants else []
+        found = []
+        for method in samples:
+            alone = Structure(steps=(Step(method, where),), shares=method.forecast(blocks, groups))
+            expected = forecast(alone, operators, bench.leaves)
+            ratios = measured(Plan((*alone.steps, *tail)))
+            rows.append({"what": str(alone.steps[0]), **ratios, "forecast_latency_ms": expected["latency_ms"]})
+            relative = {name: ratios[name] / reference[name] for name in ratios}
+            found.append((expected["latency_ms"], relative))
+        if not found:
+            left_out[kind.method_name()] = "nothing in this model that it could change"
+        elif all(_merit(relative) >= WORTH for _, relative in found):
+            left_out[kind.method_name()] = f"does not pay on this target: {_words(found[-1][1])}"
+        else:
+            corrections[kind.method_name()] = _correction([(e, r["latency_ms"]) for e, r in found])
+            useful.append(kind)
+    every = structures(useful, blocks, groups, list(bench.leaves), where)
+    with_gains = [_with_gains(s, operators, bench.leaves, corrections, blocks, groups) for s in every]
+    return Probe(structures=with_gains, quantiser=quantiser, left_out=left_out, rows=rows)
+
+
+def _merit(ratios: Mapping[str, float]) -> float:
+    return math.exp(sum(math.log(max(r, 1e-9)) for r in ratios.values()) / len(ratios))
+
+
+def _words(ratios: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f} of what it was" for name, value in ratios.items())
+
+
+def _correction(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the exponent that carries forecast ratios to measured ones, by least squares through (1, 1) in logs."""
+    logs = [(math.log(max(f, 1e-6)), math.log(max(m, 1e-6))) for f, m in pairs if f < 1]
+    square = sum(f * f for f, _ in logs)
+    return max(0.0, sum(f * m for f, m in logs) / square) if square else 1.0
+
+
+def _with_gains(
+    structure: Structure,
+    operators: Sequence[OperatorTime],
+    leaves: Mapping[str, int],
+    corrections: Mapping[str, float],
+    blocks: Sequence[Block],
+    groups: Sequence[Group],
+) -> Structure:
+    gains = forecast(structure, operators, leaves)
+    latency = 1.0
+    for step in structure.steps:
+        alone = Structure(steps=(step,), shares=step.method.forecast(blocks, groups))
+        latency *= forecast(alone, operators, leaves)["latency_ms"] ** corrections.get(step.method.name, 1.0)
+    return replace(structure, gains={**gains, "latency_ms": latency})

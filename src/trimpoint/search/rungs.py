@@ -1,0 +1,97 @@
+"""Successive halving: how many candidates train how long at each rung, and which of them rise. Pure functions.
+
+References:
+    K. Jamieson and A. Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimpoint.search.pick import standing
+from trimpoint.target import Goal
+from trimpoint.values import Trial
+
+LEARNING = 0.5
+"""Share of the drop that is assumed to remain after a rung; used only to decide who is worth more training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One round of training.
+
+    Args:
+        number: 0 is the shortest.
+        width: candidates that take part.
+        effort: share of the recovery's full length that they have trained at its end.
+    """
+
+    number: int
+    width: int
+    effort: float
+
+
+def widths(seconds: float | None, trials: int | None, overhead: float = 8.0) -> tuple[int, ...]:
+    """Return how many candidates take part at each rung.
+
+    Args:
+        seconds: left for training, or `None` without a limit in time.
+        trials: candidates' trials left, or `None` without a limit in number.
+        overhead: seconds that a trial takes beside its training (exporting, measuring).
+    """
+    first = 8 if seconds is None else max(1, min(8, int(0.3 * seconds / (2 * overhead))))
+    rounds: tuple[int, ...] = (first, max(1, first // 2), max(1, first // 4)) if first > 1 else (1,)
+    while trials is not None and sum(rounds) > trials and first > 1:
+        first -= 1
+        rounds = (first, max(1, first // 2), max(1, first // 4))
+    if trials is not None and sum(rounds) > trials:
+        rounds = rounds[: max(0, trials)]
+    return rounds
+
+
+def effort_for(
+    seconds: float, width: int, *, full_seconds: float, before: float, overhead: float, least: float = 0.01
+) -> float:
+    """Return the effort that `width` candidates can reach together in `seconds`.
+
+    Args:
+        seconds: for this rung.
+        width: candidates.
+        full_seconds: time of a recovery of full length, on average.
+        before: effort that is already behind them.
+        overhead: seconds of each trial beside its training.
+        least: effort at the least.
+    """
+    gain = (seconds / max(width, 1) - overhead) / max(full_seconds, 1e-9)
+    return float(min(1.0, max(before + gain, before * 1.25, least)))
+
+
+def promote(trials: Sequence[Trial], baseline: Trial, goal: Goal, width: int, rungs_left: int) -> list[Trial]:
+    """Return the trials that rise to the next rung, best first.
+
+    A candidate counts as promising when its drop, halved once for each rung that is left, would be allowed; the
+    promising are ranked by merit, the others by their drop. A place is kept for the mildest candidate that is already
+    feasible, so that a bold choice never costs the safe one.
+
+    Args:
+        trials: of the rung that just ended.
+        baseline: the unmodified model.
+        goal: what is to be reached.
+        width: how many may rise.
+        rungs_left: rungs after the one that just ended.
+    """
+    done = [t for t in trials if t.state == "complete" and t.quality is not None and t.quality.drop is not None]
+    allowed = goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
+
+    def outlook(trial: Trial) -> float:
+        drop = trial.quality.drop if trial.quality and trial.quality.drop is not None else float("inf")
+        upper = trial.quality.drop_upper if trial.quality and trial.quality.drop_upper is not None else drop
+        return max(drop, 0.0) * LEARNING**rungs_left + (upper - drop)
+
+    promising = sorted((t for t in done if outlook(t) <= allowed), key=lambda t: standing(t, baseline, goal).merit)
+    others = sorted((t for t in done if outlook(t) > allowed), key=outlook)
+    ranked = promising + others
+    rising = ranked[:width]
+    safe = next((t for t in promising if standing(t, baseline, goal).feasible), None)
+    if safe is not None and width > 1 and safe not in rising:
+        rising[-1] = safe
+    return rising

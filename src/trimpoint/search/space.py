@@ -1,0 +1,154 @@
+"""What a search may try on a model: the structures that its methods propose, with a forecast of each."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+from torch import nn
+
+from trimpoint.filters import EVERYTHING, Filter
+from trimpoint.method import Method, Stage, all_methods
+from trimpoint.plan import Step
+from trimpoint.runtimes.base import OperatorTime
+from trimpoint.task import Task
+from trimpoint.values import Block, Group
+
+MOST_STRUCTURES = 4_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Structure:
+    """One way of changing the structure of a model.
+
+    Args:
+        steps: structural steps only; empty for the unmodified model.
+        shares: module path → share of its work that is left (a path stands for everything below it).
+        damage: share of the layers' work that is removed, every layer counting alike: 0 is untouched.
+        gains: metric → forecast ratio to the unmodified model (below 1 is smaller).
+    """
+
+    steps: tuple[Step, ...]
+    shares: Mapping[str, float]
+    damage: float = 0.0
+    gains: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def merit(self) -> float:
+        """Geometric mean of the forecast ratios: lower is better."""
+        return float(np.exp(np.mean([np.log(max(gain, 1e-6)) for gain in self.gains.values()]))) if self.gains else 1.0
+
+
+def usable_methods(
+    task: Task, stages: Sequence[Stage], allowed: Callable[[Method], str] = lambda _: ""
+) -> tuple[list[type[Method]], dict[str, str]]:
+    """Return the stable methods of `stages` that the task has what it takes for, and the others with the reason.
+
+    Args:
+        task: what the model is for.
+        stages: which methods are asked for.
+        allowed: returns a reason against a method, or nothing.
+    """
+    usable, left_out = [], {}
+    for name, kind in all_methods().items():
+        if kind.traits.stage not in stages:
+            continue
+        missing = sorted(need for need in kind.traits.needs if not task.has(need))
+        if kind.traits.status == "experimental":
+            left_out[name] = "experimental: no committed benchmark shows its gain yet"
+        elif missing:
+            left_out[name] = f"the task has no {' and no '.join(missing)}"
+        elif reason := allowed(kind()):
+            left_out[name] = reason
+        else:
+            usable.append(kind)
+    return usable, left_out
+
+
+def structures(
+    kinds: Sequence[type[Method]],
+    blocks: Sequence[Block],
+    groups: Sequence[Group],
+    leaves: Sequence[str],
+    where: Filter = EVERYTHING,
+) -> list[Structure]:
+    """Return every combination of the methods' own variants, the unmodified structure first.
+
+    Args:
+        kinds: structural methods, in the order of their stages.
+        blocks: of the model.
+        groups: of the model.
+        leaves: paths of the modules that have parameters.
+        where: what may be changed.
+    """
+    menus: list[list[Method | None]] = [[None, *kind.variants(blocks, groups)] for kind in kinds]
+    while np.prod([len(menu) for menu in menus]) > MOST_STRUCTURES:
+        longest = max(menus, key=len)
+        longest[1:] = longest[1::2]
+    result = []
+    for choice in product(*menus):
+        methods = [method for method in choice if method is not None]
+        shares: dict[str, float] = {}
+        for method in methods:
+            for path, share in method.forecast(blocks, groups).items():
+                shares[path] = shares.get(path, 1.0) * share
+        damage = float(np.mean([1 - share_of(leaf, shares) for leaf in leaves])) if leaves else 0.0
+        result.append(Structure(steps=tuple(Step(m, where) for m in methods), shares=shares, damage=damage))
+    return result
+
+
+def share_of(path: str, shares: Mapping[str, float]) -> float:
+    """Return the share of its work that the module at `path` keeps: the product over its parents and itself."""
+    parts = path.split(".")
+    return float(np.prod([shares.get(".".join(parts[: end + 1]), 1.0) for end in range(len(parts))]))
+
+
+def parameter_leaves(model: nn.Module) -> dict[str, int]:
+    """Return the modules that own weights of two or more dimensions: path → number of parameters."""
+    return {
+        path: sum(p.numel() for p in module.parameters(recurse=False))
+        for path, module in model.named_modules()
+        if any(p.ndim > 1 for p in module.parameters(recurse=False))
+    }
+
+
+def forecast(
+    structure: Structure, operators: Sequence[OperatorTime], leaves: Mapping[str, int], overhead_ms: float = 0.0
+) -> dict[str, float]:
+    """Return the forecast ratios of a structure: `latency_ms` from a measured profile, `file_bytes` from parameters.
+
+    Args:
+        structure: what is left of which module.
+        operators: measured times of the unmodified model's operators, with their modules.
+        leaves: module path → number of parameters.
+        overhead_ms: time of a call that belongs to no operator.
+    """
+    before = sum(op.ms for op in operators) + overhead_ms
+    after = sum(op.ms * share_of(op.module, structure.shares) for op in operators) + overhead_ms
+    params = sum(leaves.values())
+    left = sum(count * share_of(path, structure.shares) for path, count in leaves.items())
+    return {
+        "latency_ms": after / before if before else 1.0,
+        "file_bytes": left / params if params else 1.0,
+    }
+
+
+def ladder(candidates: Sequence[Structure], count: int) -> list[Structure]:
+    """Return `count` structures along the forecast frontier of merit against damage, mildest first.
+
+    Args:
+        candidates: structures with forecasts; the unmodified one is left out.
+        count: how many at most.
+    """
+    changed = sorted((s for s in candidates if s.steps), key=lambda s: (s.damage, s.merit))
+    front: list[Structure] = []
+    for structure in changed:
+        if structure.damage > 0 and (not front or structure.merit < front[-1].merit - 1e-6):
+            front.append(structure)
+    if len(front) <= count:
+        return front
+    # Evenly spaced in merit on a log scale, so that each rung of the ladder is a like step in speed and size.
+    logs = np.log([structure.merit for structure in front])
+    wanted = np.linspace(logs[0], logs[-1], count + 1)[1:]
+    picked = sorted({int(np.abs(logs - goal).argmin()) for goal in wanted})
+    return [front[i] for i in picked]

@@ -1,0 +1,302 @@
+"""Runs one plan: apply, recover, lower, verify, measure. Every stage is kept by content and never computed twice."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from trimpoint.compress import Compressed, compress
+from trimpoint.data import as_numpy
+from trimpoint.errors import StudyError
+from trimpoint.graph import coupled_groups, find_blocks, trace
+from trimpoint.measure.environment import cpu_name
+from trimpoint.measure.inputs import capture, core_inputs
+from trimpoint.measure.latency import LatencyResult, measure_latency
+from trimpoint.measure.memory import measure_memory
+from trimpoint.measure.process import ArtifactFiles
+from trimpoint.measure.profile import artifact_profile, static_profile
+from trimpoint.measure.quality import Evaluation, evaluate, quality
+from trimpoint.method import Stage
+from trimpoint.plan import Plan
+from trimpoint.progress import SILENT, Progress
+from trimpoint.runtimes import get_runtime
+from trimpoint.runtimes.base import Exported, Lowered, OperatorTime, Session
+from trimpoint.runtimes.export import export
+from trimpoint.runtimes.verify import require_parity
+from trimpoint.search.delivery import LOWERED, STAGE, files_of, read_lowered, save_synthetic
+from trimpoint.search.space import parameter_leaves
+from trimpoint.search.stages import load_stage, save_stage, stage_data
+from trimpoint.search.store import Store
+from trimpoint.signature import Signature
+from trimpoint.target import Target
+from trimpoint.task import Task
+from trimpoint.values import Block, Group, Measurement, Profile, Trial, from_data, to_data
+
+CALIBRATION_SAMPLES = 512
+RECORDS = "records.npy"
+
+
+class Workbench:
+    """Makes, lowers and measures what plans describe.
+
+    Args:
+        model: unmodified, in evaluation mode; never changed.
+        task: data, loss and score.
+        target: where it must run.
+        study: directory of the study; stages and lowered files are kept in its `store/`.
+        fingerprint: of model, data and target; part of every key.
+        progress: where to tell what is being done.
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, target: Target, study: Path, fingerprint: str, progress: Progress = SILENT
+    ) -> None:
+        self.model, self.task, self.target, self.study = model, task, target, study
+        self.store = Store(study / "store")
+        self.fingerprint, self.progress = fingerprint, progress
+        self.runtime = get_runtime(target.runtime)
+        self.inputs = core_inputs(model, task, target)
+        self.leaves = parameter_leaves(model)
+        self.overhead_seconds = 8.0
+        self._calibration: list[Any] | None = None
+        self._baseline: tuple[ArtifactFiles, Evaluation] | None = None
+        self._teachers: MutableMapping[str, Tensor] = {}
+
+    # The parts of the model
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Return the blocks of the unmodified model that can be bypassed."""
+        return find_blocks(self.model, self.task.example_batch(2))
+
+    def groups(self) -> tuple[Group, ...]:
+        """Return the coupled groups of the unmodified model that can be cut."""
+        return tuple(g for g in coupled_groups(trace(self.model, self.task.example_batch(2))) if not g.reason)
+
+    # Trials
+
+    def baseline(self, trial: Trial) -> Trial:
+        """Export, verify and measure the unmodified model."""
+        save_synthetic(self.study, self.inputs.shapes)
+        made = compress(self.model, Plan(), self.task)
+        files = self._lowered(made)
+        return self._measured(trial, made, files)
+
+    def one_line_int8(self, trial: Trial) -> Trial:
+        """Quantise the unmodified model with the runtime's own one-line int8 and measure it."""
+        made = compress(self.model, Plan(), self.task)
+        files = self._keep(
+            self._key("one-line-int8", self.runtime.version()),
+            None,
+            lambda directory: self.runtime.lower_one_line_int8(self._exported(made), directory, self.calibration()),
+        )
+        return self._measured(trial, made, files)
+
+    def candidate(self, trial: Trial, plan: Plan, effort: float) -> Trial:
+        """Make what a plan describes, with its last recovery at `effort`, and measure it."""
+        started = time.monotonic()
+        made = self.stage(plan, effort)
+        trained = time.monotonic() - started
+        files = self._lowered(made)
+        result = self._measured(trial, made, files)
+        self.overhead_seconds = time.monotonic() - started - trained
+        return result
+
+    def use_baseline(self, trial: Trial) -> None:
+        """Compare everything from now on with the baseline of `trial`."""
+        files = files_of(self.study, trial)
+        records = np.load(files.directory / RECORDS, allow_pickle=False)
+        evaluation = Evaluation(
+            score=self.task.score, role="select", records=records, value=self.task.score.aggregate(records)
+        )
+        self._baseline = (files, evaluation)
+
+    # Shapes, before anything is trained
+
+    def shape(self, plan: Plan) -> dict[str, float]:
+        """Return the `latency_ms` and `file_bytes` of a plan without recovery, over the baseline's."""
+        files = self._lowered(self.stage(plan, 1.0))
+        base, _ = self._reference()
+        timed = measure_latency(
+            {"baseline": base, "shape": files},
+            self.target,
+            {self.inputs.middle: self.inputs.shapes[self.inputs.middle]},
+            baseline="baseline",
+            rounds=5,
+        )["shape"][self.inputs.middle]
+        return {"latency_ms": 1 / timed.ratio, "file_bytes": files.bytes / base.bytes}
+
+    def operators(self, plan: Plan) -> list[OperatorTime]:
+        """Return the operator times of a plan without recovery, with paths of the unmodified model's modules."""
+        files = self._lowered(self.stage(plan, 1.0))
+        inputs = self.inputs.shapes[self.inputs.middle]
+        return self.runtime.operators(files.directory, files.lowered, inputs, threads=self.target.threads)
+
+    # Stages
+
+    def stage(self, plan: Plan, effort: float) -> Compressed:
+        """Return what a plan makes of the model: read from the store, or made from the longest stored prefix."""
+        if not plan.steps:
+            return compress(self.model, plan, self.task)
+        key = self._stage_key(plan, effort)
+        if (directory := self.store.get(key)) is not None:
+            return load_stage(directory, self.model, plan)
+        before = self.stage(plan.prefix(len(plan.steps) - 1), effort)
+        self.progress.update(text=f"{plan.steps[-1]}")
+        started = time.monotonic()
+        last = plan.steps[-1].method.traits.stage is Stage.RECOVER
+        made = compress(
+            self.model,
+            plan,
+            self.task,
+            effort=effort,
+            start=before,
+            state_dir=self._training_directory() if last else None,
+            cache=self._teachers,
+            progress=lambda _, text, share: self.progress.update(text=f"{plan.steps[-1]}: {text} {share:.0%}"),
+        )
+        seconds = time.monotonic() - started
+        self.store.put(key, lambda directory: save_stage(made, directory, seconds))
+        return made
+
+    def training_seconds(self, plan: Plan, effort: float) -> float:
+        """Return how long the last step of a stored stage took; 0 where it is not stored."""
+        directory = self.store.get(self._stage_key(plan, effort))
+        return float(stage_data(directory)["seconds"]) if directory is not None else 0.0
+
+    def _stage_key(self, plan: Plan, effort: float) -> str:
+        recovers = any(step.method.traits.stage is Stage.RECOVER for step in plan.steps)
+        return self._key("stage", plan.hash, f"{effort if recovers else 1.0:.6f}")
+
+    def _training_directory(self) -> Path:
+        path = self.study / "training"
+        path.mkdir(exist_ok=True)
+        return path
+
+    # Lowering
+
+    def calibration(self) -> list[Any]:
+        """Return the calibration batches of the core's inputs; empty without calibration data."""
+        if self._calibration is None:
+            size = min(32, self.task.batch_size)
+            batches = (
+                self.task.batches("calibrate", size=size, limit=CALIBRATION_SAMPLES) if self.task.calibrate else ()
+            )
+            self._calibration = [as_numpy(capture(self.model, self.task, inputs)) for inputs, _ in batches]
+        return self._calibration
+
+    def _exported(self, made: Compressed) -> Exported:
+        float_plan = Plan(
+            tuple(s for s in made.plan.steps if s.method.traits.stage is not Stage.QUANTIZE), made.plan.seed
+        )
+        key = self._key("export", float_plan.hash, f"{made.effort:.6f}")
+
+        def write(directory: Path) -> None:
+            exported = export(self.task.core_of(made.module), self.inputs.example, self.inputs.dims)
+            (directory / "model.onnx").write_bytes(exported.onnx)
+            rest = {"signature": exported.signature, "scopes": exported.scopes, "notes": exported.notes}
+            (directory / "export.json").write_text(json.dumps(to_data(rest)), encoding="utf-8")
+
+        directory = self.store.put(key, write)
+        rest = json.loads((directory / "export.json").read_text(encoding="utf-8"))
+        return Exported(
+            onnx=(directory / "model.onnx").read_bytes(),
+            signature=from_data(Signature, rest["signature"]),
+            scopes=rest["scopes"],
+            notes=tuple(rest["notes"]),
+        )
+
+    def _lowered(self, made: Compressed) -> ArtifactFiles:
+        core = f"{self.task.core}." if self.task.core else ""
+        formats = {p.removeprefix(core): f for p, f in made.formats.items() if p.startswith(core)}
+        ranges = {p.removeprefix(core): r for p, r in made.ranges.items() if p.startswith(core)}
+        key = self._key("lowered", self.runtime.name, self.runtime.version(), made.plan.hash, f"{made.effort:.6f}")
+        files = self._keep(
+            key,
+            self._stage_key(made.plan, made.effort),
+            lambda directory: self.runtime.lower(
+                self._exported(made),
+                directory,
+                formats=formats or None,
+                ranges=ranges or None,
+                calibration=self.calibration() if formats else (),
+            ),
+        )
+        if not formats:
+            require_parity(
+                self.task.core_of(made.module),
+                self.open(files),
+                [self.inputs.shapes[name] for name in self.inputs.shapes],
+            )
+        return files
+
+    def _keep(self, key: str, stage: str | None, lower: Callable[[Path], Lowered]) -> ArtifactFiles:
+        def write(directory: Path) -> None:
+            lowered = lower(directory)
+            if stage is not None:
+                (directory / STAGE).write_text(json.dumps({"stage": stage}), encoding="utf-8")
+            (directory / LOWERED).write_text(json.dumps(to_data(lowered)), encoding="utf-8")
+
+        directory = self.store.put(key, write)
+        return ArtifactFiles(directory=directory, lowered=read_lowered(directory))
+
+    def open(self, files: ArtifactFiles) -> Session:
+        """Open lowered files in the target's runtime."""
+        return self.runtime.open(files.directory, files.lowered, threads=self.target.threads)
+
+    # Measuring
+
+    def _reference(self) -> tuple[ArtifactFiles, Evaluation]:
+        if self._baseline is None:
+            raise StudyError("Nothing can be compared before the baseline is measured.", "run the baseline first")
+        return self._baseline
+
+    def _measured(self, trial: Trial, made: Compressed, files: ArtifactFiles) -> Trial:
+        base = self._baseline[0] if self._baseline else files
+        together = {"baseline": base, "this": files} if self._baseline else {"baseline": files}
+        self.progress.update(text="timing")
+        timed = measure_latency(together, self.target, self.inputs.shapes, baseline="baseline")
+        memory = measure_memory(files, self.target, self.inputs.shapes)
+        mine = timed["this" if self._baseline else "baseline"]
+        where = f"{self.runtime.name} {self.runtime.version()} on {cpu_name()}"
+        static, _ = static_profile(self.task.core_of(made.module), self.inputs)
+        measured = artifact_profile(files, mine, memory, middle=self.inputs.middle, where=where)
+        profile = static | measured | _ratio_profile(mine, self.inputs.middle, where)
+        self.progress.update(text="scoring on `select`")
+        evaluation = evaluate(self.open(files), self.task, "select")
+        reference = self._baseline[1] if self._baseline else None
+        np.save(files.directory / RECORDS, evaluation.records)
+        return replace(
+            trial,
+            profile=profile,
+            quality=quality(evaluation, reference),
+            changes=made.changes,
+            artifact=files.directory.relative_to(self.study).as_posix(),
+        )
+
+    def _key(self, *parts: str) -> str:
+        return hashlib.sha256("\n".join((self.fingerprint, *parts)).encode()).hexdigest()[:32]
+
+
+def _ratio_profile(results: Mapping[str, LatencyResult], middle: str, where: str) -> Profile:
+    """Return the interleaved ratio to the baseline (above 1 is faster) at each shape."""
+    return Profile(
+        {
+            "latency_ratio" + ("" if shape == middle else f"[{shape}]"): Measurement(
+                value=result.ratio,
+                unit="1",
+                better="higher",
+                n=result.rounds,
+                low=result.ratio_low,
+                high=result.ratio_high,
+                how="baseline ÷ this, " + result.how,
+                where=where,
+            )
+            for shape, result in results.items()
+        }
+    )

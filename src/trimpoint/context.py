@@ -143,7 +143,10 @@ class _Context(Context):
         module.train(old.training)
         for alias in self._aliases(old):
             parent, _, name = alias.rpartition(".")
-            setattr(self.get(parent), name, module)
+            if alias:
+                setattr(self.get(parent), name, module)
+            else:
+                self._build.module = module
             inner = (f"{alias}.{inner}" if inner else alias for inner, _ in module.named_modules())
             self._build.origins.update(dict.fromkeys(inner, self._build.origin(alias)))
         self._build.edited([])

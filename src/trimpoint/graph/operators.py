@@ -18,7 +18,7 @@ _PARTNER = "can only go with others that no removable channel makes"
 
 _POINTWISE = frozenset({"hardswish", "hardsigmoid", "type_as", "copy", "where"})
 _PASS = """
-    dropout feature_dropout alpha_dropout to _to_copy contiguous detach alias lift_fresh_copy lift_fresh
+    dropout feature_dropout alpha_dropout to _to_copy clone contiguous detach alias lift_fresh_copy lift_fresh
     zeros_like ones_like full_like empty_like rand_like randn_like fill tril triu float half bfloat16
 """
 _STRUCTURAL = """
@@ -79,8 +79,6 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 def _pointwise(p: Propagation, node: Node) -> Any:
     inputs = [part for part in node.all_input_nodes if shape_of(part) is not None]
-    if len(inputs) == 1 and p.parameter(inputs[0]) and _shape(node) == _shape(inputs[0]) and node.args[1:] == ():
-        return p.values[inputs[0]] if name_of(node.target) == "clone" else p.elementwise(node, inputs)
     return p.elementwise(node, inputs)
 
 
@@ -95,14 +93,10 @@ def _transposed(p: Propagation, node: Node) -> Any:
     parameter = p.parameter(node.args[0])
     if parameter is None:
         return _structural(p, node)
-    order = cast(Any, node.target)(_axes(len(parameter.shape)), *node.args[1:], **node.kwargs)
+    sizes = torch.empty(tuple(range(len(parameter.shape))))  # whose sizes are the numbers of its dimensions
+    order = cast(Any, node.target)(sizes, *node.args[1:], **node.kwargs)
     moved = [int(size) for size in order.shape]
-    return Parameter(parameter.owner, tuple(parameter.shape[d] for d in moved), tuple(parameter.dims[d] for d in moved))
-
-
-def _axes(count: int) -> Tensor:
-    """Return a tensor without data whose sizes are the numbers of its dimensions."""
-    return torch.empty(tuple(range(count)))
+    return Parameter(parameter.owner, *(tuple(part[d] for d in moved) for part in (parameter.shape, parameter.dims)))
 
 
 @_handles(*_STRUCTURAL.split())

@@ -13,9 +13,10 @@ from torch import nn
 
 from trimpoint.errors import StorageError, StudyError, TrimpointError
 from trimpoint.filters import EVERYTHING, Filter
-from trimpoint.method import Method, Stage
+from trimpoint.method import Stage
 from trimpoint.plan import Plan, Step
 from trimpoint.progress import SILENT, Progress
+from trimpoint.recover.recipe import Recovery
 from trimpoint.search.log import TrialLog
 from trimpoint.search.pick import choose, ratio, standing
 from trimpoint.search.probe import Probe, probe
@@ -30,6 +31,7 @@ ONE_LINE = "one-line-int8"
 CONTROL = "control: "
 CLOSING_SHARE = 0.06
 """Share of the budget that is kept for choosing, certifying and writing the artifact."""
+PRECISIONS = ("float32", "bfloat16")
 RUNG_SHARES = (0.25, 0.35, 1.0)
 """Share of what is left of the training time that each rung may use."""
 CONTAINED = (TrimpointError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
@@ -56,7 +58,7 @@ class Settings:
     trials: int | None = None
     seed: int = 0
     where: Filter = EVERYTHING
-    recovery: Method | None = None
+    recovery: Recovery | None = None
 
 
 @dataclass
@@ -182,57 +184,74 @@ class Engine:
         self.log.note("space", {**left_out, **more, **found.left_out})
         return found
 
-    def _plan(self, structure: Structure, found: Probe, *, quantised: bool = True) -> Plan:
+    def _plan(self, structure: Structure, found: Probe, recovery: Recovery | None) -> Plan:
         steps = list(structure.steps)
-        if self.settings.recovery is not None:
-            steps.append(Step(self.settings.recovery))
-        if quantised and found.quantiser is not None:
+        if recovery is not None:
+            steps.append(Step(recovery))
+        if found.quantiser is not None:
             steps.append(Step(found.quantiser, self.settings.where))
         return Plan(tuple(steps), self.settings.seed)
 
     def _halve(self, baseline: Trial, found: Probe) -> None:
-        recovery = self.settings.recovery
-        untouched = Structure(steps=(), shares={})
+        where, seed = self.settings.where, self.settings.seed
         if found.quantiser is not None:
-            self._candidate(
-                Plan((Step(found.quantiser, self.settings.where),), self.settings.seed),
-                Rung(number=0, width=1, effort=1.0),
-            )
-        full_seconds = 0.0
-        if recovery is not None and (self.left is None or self.left > 120):
-            control = Rung(number=0, width=1, effort=self._decide("control", lambda: {"effort": 0.02})["effort"])
-            control_plan = self._plan(untouched, found, quantised=False)
-            trial = self._candidate(control_plan, control, label=CONTROL)
-            trained = self.bench.training_seconds(control_plan, control.effort) if trial.state == "complete" else 0.0
-            full_seconds = trained / control.effort
-        counts = self._decide("widths", lambda: list(widths(self.left, self.settings.trials)))
-        if not counts:
+            self._candidate(Plan((Step(found.quantiser, where),), seed), Rung(number=0, width=1, effort=1.0))
+        recovery = self._recovery()
+        full_seconds = self._decide("full_seconds", lambda: recovery[1])
+        counts = self._decide("widths", lambda: list(widths(self.left, self._trials_left())))
+        chosen = ladder(found.structures, counts[0]) if counts else []
+        racing = {
+            plan.hash: (structure, plan) for structure in chosen if (plan := self._plan(structure, found, recovery[0]))
+        }
+        if not racing:
             return
-        chosen = ladder(found.structures, counts[0])
-        plans = {self._plan(s, found).hash: (s, self._plan(s, found)) for s in chosen}
-        shape_ratio = sum(s.gains.get("latency_ms", 1.0) for s in chosen) / max(len(chosen), 1)
-        racing, effort = list(plans), 0.0
+        effort = 0.0
         for number, width in enumerate(counts):
-            racing = racing[:width]
-            rung = self._rung(number, len(racing), effort, full_seconds * shape_ratio, last=number == len(counts) - 1)
+            racing = dict(list(racing.items())[:width])
+            cost = full_seconds * _mean_cost([structure for structure, _ in racing.values()])
+            rung = self._rung(number, len(racing), effort, cost, last=number == len(counts) - 1)
             effort = rung.effort
-            ended = []
-            for plan_hash in racing:
-                if self._out_of_time():
-                    break
-                ended.append(self._candidate(plans[plan_hash][1], rung))
+            if number == 0 and self._affords_control(full_seconds * effort):
+                control = self._plan(Structure(steps=(), shares={}), replace(found, quantiser=None), recovery[0])
+                self._candidate(control, rung, label=CONTROL)
+            ended = [self._candidate(plan, rung) for _, plan in racing.values() if not self._out_of_time()]
             if number + 1 < len(counts):
-                left = len(counts) - number - 1
-                racing = [t.plan_hash for t in promote(ended, baseline, self.settings.goal, counts[number + 1], left)]
-                shape_ratio = self._mean_cost([plans[h][0] for h in racing], shape_ratio)
-        if recovery is not None and found.quantiser is not None:
-            for plan_hash in racing:
-                if not self._out_of_time():
-                    self._candidate(self._plan(plans[plan_hash][0], found, quantised=False), rung)
+                rising = promote(
+                    ended, baseline, self.settings.goal, counts[number + 1], rungs_left=len(counts) - number - 1
+                )
+                racing = {trial.plan_hash: racing[trial.plan_hash] for trial in rising}
+        self._vary_last_step(list(racing.values()), found, recovery[0], rung)
 
-    def _mean_cost(self, structures: Sequence[Structure], default: float) -> float:
-        gains = [s.gains.get("latency_ms", 1.0) for s in structures]
-        return sum(gains) / len(gains) if gains else default
+    def _vary_last_step(
+        self, racing: Sequence[tuple[Structure, Plan]], found: Probe, recovery: Recovery | None, rung: Rung
+    ) -> None:
+        """Try the trained finalists in float32 and with the quantiser's other settings: nothing is trained again."""
+        if found.quantiser is None:
+            return
+        others = [m for m in type(found.quantiser).variants((), ()) if m != found.quantiser]
+        for structure, _ in racing:
+            for quantiser in (None, *others):
+                plan = self._plan(structure, replace(found, quantiser=quantiser), recovery)
+                if plan.steps and not self._out_of_budget():
+                    self._candidate(plan, rung)
+
+    def _recovery(self) -> tuple[Recovery | None, float]:
+        """Return the recovery in the faster of its precisions on this machine, and its full length in seconds."""
+        recovery = self.settings.recovery
+        if recovery is None:
+            return None, 0.0
+        self.progress.update(text="timing a few training steps")
+        speeds = self._decide(
+            "training", lambda: {p: self.bench.training_speed(replace(recovery, precision=p)) for p in PRECISIONS}
+        )
+        best = min(PRECISIONS, key=lambda p: speeds[p] * (1.0 if p == recovery.precision else 1.1))
+        return replace(recovery, precision=best), speeds[best]
+
+    def _affords_control(self, seconds: float) -> bool:
+        """Return whether the original may be trained as long as the candidates, to see if training alone helps."""
+        if self.settings.recovery is None:
+            return False
+        return bool(self._decide("control", lambda: self.left is not None and seconds < 0.1 * self.left))
 
     def _rung(self, number: int, width: int, before: float, full_seconds: float, *, last: bool) -> Rung:
         def decide() -> Mapping[str, float]:
@@ -254,6 +273,13 @@ class Engine:
     def _out_of_time(self) -> bool:
         return self.left is not None and self.left <= 0
 
+    def _trials_left(self) -> int | None:
+        most = self.settings.trials
+        return None if most is None else max(0, most - sum(t.role == "candidate" for t in self.trials()))
+
+    def _out_of_budget(self) -> bool:
+        return self._out_of_time() or self._trials_left() == 0
+
     def _tell(self, trial: Trial) -> None:
         baseline = next((t for t in self.trials() if t.role == "baseline"), None)
         if baseline is None or trial.state != "complete":
@@ -266,6 +292,11 @@ class Engine:
             best="" if best is None else _line(best, baseline, self.settings.goal),
             seconds_left=None if self.settings.seconds is None else max(0.0, self.settings.seconds - self.spent),
         )
+
+
+def _mean_cost(structures: Sequence[Structure]) -> float:
+    gains = [structure.gains.get("latency_ms", 1.0) for structure in structures]
+    return sum(gains) / len(gains) if gains else 1.0
 
 
 def _line(trial: Trial, baseline: Trial, goal: Goal) -> str:

@@ -12,10 +12,10 @@ from trimpoint.compress import check_finite
 from trimpoint.errors import DataError, InvalidParameterError, StudyError
 from trimpoint.filters import EVERYTHING, Filter, parse
 from trimpoint.measure.environment import environment
-from trimpoint.method import Method, make_method
 from trimpoint.methods.distill import Distill
 from trimpoint.plan import Step
 from trimpoint.progress import SILENT, Progress
+from trimpoint.recover.recipe import Recovery
 from trimpoint.reference import load_reference
 from trimpoint.search.delivery import certify_trial, deliver
 from trimpoint.search.engine import Engine, Settings
@@ -45,7 +45,7 @@ def search(
     seed: int = 0,
     scope: Filter | str | None = None,
     freeze: Filter | str | None = None,
-    recovery: Method | None = None,
+    recovery: Recovery | None = None,
     progress: Progress | None = None,
 ) -> Study:
     """Find how small and fast a model can get, and hand over the best artifact.
@@ -164,7 +164,7 @@ def resume(
         trials=trials if trials is not None else known["trials"],
         seed=known["seed"],
         where=parse(known["where"]),
-        recovery=_method(known["recovery"]),
+        recovery=_recovery(known["recovery"]),
     )
     found = _fingerprint(module, purpose, settings)
     differing = [
@@ -244,8 +244,11 @@ def _fingerprint(model: nn.Module, task: Task, settings: Settings) -> dict[str, 
     return parts(model, task, settings.target, asked)
 
 
-def _method(data: Mapping[str, Any] | None) -> Method | None:
-    return None if data is None else make_method(data["method"], {k: v for k, v in data.items() if k != "method"})
+def _recovery(data: Mapping[str, Any] | None) -> Recovery | None:
+    method = None if data is None else Step.from_data(data).method
+    if method is not None and not isinstance(method, Recovery):
+        raise StudyError(f"The recovery of the study must be one that trains. Got {method.name!r}.")
+    return method
 
 
 def _command() -> str:

@@ -15,6 +15,8 @@ from trimpoint.task import Task
 from trimpoint.values import Block, Group
 
 MOST_STRUCTURES = 4_000
+DAMAGE = (0.25, 0.65)
+"""Range of damage that the first candidates are spread over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,19 +138,24 @@ def forecast(
 def ladder(candidates: Sequence[Structure], count: int) -> list[Structure]:
     """Return `count` structures along the forecast frontier of merit against damage, mildest first.
 
+    They are evenly spaced in damage between the two ends of `DAMAGE`: milder ones gain little over quantisation alone,
+    and of harsher ones little recovers.
+
     Args:
         candidates: structures with forecasts; the unmodified one is left out.
         count: how many at most.
     """
-    changed = sorted((s for s in candidates if s.steps), key=lambda s: (s.damage, s.merit))
+    changed = sorted((s for s in candidates if s.steps and s.damage > 0), key=lambda s: (s.damage, s.merit))
     front: list[Structure] = []
     for structure in changed:
-        if structure.damage > 0 and (not front or structure.merit < front[-1].merit - 1e-6):
+        if not front or structure.merit < front[-1].merit - 1e-6:
             front.append(structure)
     if len(front) <= count:
         return front
-    # Evenly spaced in merit on a log scale, so that each rung of the ladder is a like step in speed and size.
-    logs = np.log([structure.merit for structure in front])
-    wanted = np.linspace(logs[0], logs[-1], count + 1)[1:]
-    picked = sorted({int(np.abs(logs - goal).argmin()) for goal in wanted})
-    return [front[i] for i in picked]
+    damages = np.array([structure.damage for structure in front])
+    wanted = np.linspace(*DAMAGE, count) if count > 1 else [sum(DAMAGE) / 2]
+    picked: list[int] = []
+    for goal in wanted:
+        free = [i for i in range(len(front)) if i not in picked]
+        picked.append(min(free, key=lambda i: abs(damages[i] - goal)))
+    return [front[i] for i in sorted(picked)]

@@ -23,15 +23,16 @@ from trimpoint.measure.process import ArtifactFiles
 from trimpoint.measure.profile import artifact_profile, static_profile
 from trimpoint.measure.quality import Evaluation, evaluate, quality
 from trimpoint.method import Stage
-from trimpoint.plan import Plan
+from trimpoint.plan import Plan, Step
 from trimpoint.progress import SILENT, Progress
+from trimpoint.recover.recipe import Recovery, steps_in_epoch
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.base import Exported, Lowered, OperatorTime, Session
 from trimpoint.runtimes.export import export
 from trimpoint.runtimes.verify import require_parity
 from trimpoint.search.delivery import LOWERED, STAGE, files_of, read_lowered, save_synthetic
 from trimpoint.search.space import parameter_leaves
-from trimpoint.search.stages import load_stage, save_stage, stage_data
+from trimpoint.search.stages import load_stage, save_stage
 from trimpoint.search.store import Store
 from trimpoint.signature import Signature
 from trimpoint.target import Target
@@ -40,6 +41,7 @@ from trimpoint.values import Block, Group, Measurement, Profile, Trial, from_dat
 
 CALIBRATION_SAMPLES = 512
 RECORDS = "records.npy"
+SPEED_STEPS = 20
 
 
 class Workbench:
@@ -146,17 +148,18 @@ class Workbench:
         key = self._stage_key(plan, effort)
         if (directory := self.store.get(key)) is not None:
             return load_stage(directory, self.model, plan)
-        before = self.stage(plan.prefix(len(plan.steps) - 1), effort)
+        recovers = plan.steps[-1].method.traits.stage is Stage.RECOVER
+        # Effort is that of the *last* recovery: whatever stands before it ran at full length.
+        before = self.stage(plan.prefix(len(plan.steps) - 1), 1.0 if recovers else effort)
         self.progress.update(text=f"{plan.steps[-1]}")
         started = time.monotonic()
-        last = plan.steps[-1].method.traits.stage is Stage.RECOVER
         made = compress(
             self.model,
             plan,
             self.task,
             effort=effort,
             start=before,
-            state_dir=self._training_directory() if last else None,
+            state_dir=self._training_directory() if recovers else None,
             cache=self._teachers,
             progress=lambda _, text, share: self.progress.update(text=f"{plan.steps[-1]}: {text} {share:.0%}"),
         )
@@ -164,10 +167,16 @@ class Workbench:
         self.store.put(key, lambda directory: save_stage(made, directory, seconds))
         return made
 
-    def training_seconds(self, plan: Plan, effort: float) -> float:
-        """Return how long the last step of a stored stage took; 0 where it is not stored."""
-        directory = self.store.get(self._stage_key(plan, effort))
-        return float(stage_data(directory)["seconds"]) if directory is not None else 0.0
+    def training_speed(self, recovery: Recovery) -> float:
+        """Return the seconds that a recovery of full length would take on the unmodified model, from a few steps."""
+        steps = steps_in_epoch(self.task)
+        seconds = []
+        for count in (4, SPEED_STEPS):
+            short = replace(recovery, epochs=count / steps, warmup=0.0)
+            started = time.monotonic()
+            compress(self.model, Plan((Step(short),)), self.task)
+            seconds.append(time.monotonic() - started)
+        return max(seconds[1] - seconds[0], 1e-3) / (SPEED_STEPS - 4) * steps * recovery.epochs
 
     def _stage_key(self, plan: Plan, effort: float) -> str:
         recovers = any(step.method.traits.stage is Stage.RECOVER for step in plan.steps)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimpoint.errors import DataError
+from trimpoint.errors import DataError, TraceError
 from trimpoint.graph import Edit, coupled_groups, find_blocks, trace
 from trimpoint.losses import call
 from trimpoint.method import Fact
@@ -33,6 +33,7 @@ class Build:
     origins: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Fact] = field(default_factory=dict)
     structure: dict[str, Any] = field(default_factory=dict)
+    blocks_before: tuple[Block, ...] | None = None
 
     @cached_property
     def original(self) -> nn.Module:
@@ -68,6 +69,16 @@ class Build:
             core, inputs, prefix = self.core()
             self.structure["blocks"] = tuple(replace(b, path=prefix + b.path) for b in find_blocks(core, inputs))
         return self.structure["blocks"]  # type: ignore[no-any-return]
+
+    def original_blocks(self) -> tuple[Block, ...]:
+        """Return the blocks of the unmodified model, with the paths of the whole model; none where it has no trace."""
+        if self.blocks_before is None:
+            before = replace(self, module=self.original, structure={})
+            try:
+                self.blocks_before = before.blocks()
+            except TraceError:
+                self.blocks_before = ()
+        return self.blocks_before
 
     def origin(self, path: str) -> str:
         """Return the path that a module had in the unmodified model."""

@@ -1,6 +1,7 @@
 """What a method sees and may do while `compress` applies it: the one implementation of `Context`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -305,7 +306,9 @@ class _Context(Context):
         """
         if distillation is None:
             return task.loss_of, lambda epoch: mix(self.seed, epoch)
-        views, memory = distillation.views, self._build.memory
+        if distillation.hints > 0:
+            distillation = replace(distillation, places=tuple(b.path for b in self._build.original_blocks()))
+        views, memory = 0 if distillation.inner else distillation.views, self._build.memory
         if memory is None and 0 < views < recipe.epochs * self.effort:
             memory = {}
         teacher = Teacher(self.original, memory if views else None, task.core)

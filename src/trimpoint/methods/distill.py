@@ -16,8 +16,8 @@ class Distill(Recovery):
         After removing blocks or many channels: the teacher's probabilities say more about a sample than its label, and
         need no labels at all at `alpha` 1.
     What it costs:
-        Training time as for fine-tuning, and a forward pass of the unmodified model for each sample of each view; what
-        it said is kept, so that further epochs and further trials over the same views do without.
+        Training time as for fine-tuning, and a forward pass of the unmodified model for each sample. With `hints=0`, or
+        where the model has no blocks, only for each sample of each view: what the teacher said is kept.
     Needs:
         `train` data. Without a loss only the teacher is learnt from. The compressed model's main output must have the
         shape of the original's.
@@ -27,7 +27,8 @@ class Distill(Recovery):
     References:
         Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015); Ba and Caruana, "Do deep nets
         really need to be deep?" (2014), for outputs that are no class logits; Beyer et al., "Knowledge distillation: a
-        good teacher is patient and consistent" (2022), for teacher and student seeing the same augmented view.
+        good teacher is patient and consistent" (2022), for teacher and student seeing the same augmented view; Romero
+        et al., "FitNets: hints for thin deep nets" (2015), for hints.
     """
 
     temperature: float = param(4.0, doc="by which logits are divided before the softmax", bounds=Bounds(gt=0))
@@ -41,6 +42,13 @@ class Distill(Recovery):
         choices=("auto", "softmax", "mse"),
     )
 
+    hints: float = param(
+        3.0,
+        doc="weight of the distance from what the original hands on between its blocks; 0 leaves it out, and lets the "
+        "teacher's answers be kept",
+        bounds=Bounds(ge=0),
+    )
+
     traits: ClassVar[Traits] = Traits(stage=Stage.RECOVER, acts_on="model", needs=frozenset({"train"}))
 
     def apply(self, ctx: Context) -> None:
@@ -48,5 +56,7 @@ class Distill(Recovery):
         match = cast(Literal["auto", "softmax", "mse"], self.match)
         ctx.train(
             self,
-            Distillation(temperature=self.temperature, alpha=self.alpha, views=self.views, match=match),
+            Distillation(
+                temperature=self.temperature, alpha=self.alpha, views=self.views, match=match, hints=self.hints
+            ),
         )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from trimpoint.errors import ModelError
 from trimpoint.losses import call, main_tensor
 from trimpoint.recover.checkpoint import weights_digest
+from trimpoint.recover.hints import hint_loss, recording
 from trimpoint.recover.layout import channels_last_, has_convolutions, prepare
 from trimpoint.signature import flatten
 from trimpoint.task import Batch, Task
@@ -34,12 +35,21 @@ class Distillation:
         alpha: weight of the teacher in the loss; the task's own loss has `1 - alpha`.
         views: number of differently augmented and shuffled epochs that are cycled through; 0 never repeats one.
         match: compare class probabilities, or squared error of the outputs; `auto` goes by the targets.
+        hints: weight of the distance between inner outputs, at `places`; 0 leaves them out.
+        places: paths of the modules whose outputs are compared, in the order of execution.
     """
 
     temperature: float = 4.0
     alpha: float = 0.9
     views: int = 8
     match: Literal["auto", "softmax", "mse"] = "auto"
+    hints: float = 0.0
+    places: tuple[str, ...] = ()
+
+    @property
+    def inner(self) -> bool:
+        """Whether inner outputs are compared: then the teacher must run on every batch."""
+        return self.hints > 0 and len(self.places) > 0
 
 
 def distillation_loss(
@@ -155,15 +165,18 @@ class DistillationLoss:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the loss of `model` on a batch."""
         inputs, targets = batch
-        output, own = self._forward(model, (inputs, targets))
+        places = self.settings.places if self.settings.inner else ()
+        with recording(model, places) as mine:
+            output, own = self._forward(model, (inputs, targets))
+        with recording(self.teacher.model, places) as theirs:
+            taught = self.teacher.main_output(inputs)
         far = distillation_loss(
-            output,
-            self.teacher.main_output(inputs),
-            targets,
-            temperature=self.settings.temperature,
-            match=self.settings.match,
+            output, taught, targets, temperature=self.settings.temperature, match=self.settings.match
         )
-        return far if own is None else self.alpha * far + (1 - self.alpha) * own
+        loss = far if own is None else self.alpha * far + (1 - self.alpha) * own
+        # An inference tensor could not take part in a loss, a copy of it can.
+        inner = hint_loss(mine, {path: tensor.clone() for path, tensor in theirs.items()})
+        return loss if inner is None else loss + self.settings.hints * inner
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Run the model once; return its main output and the task's loss, `None` where it has no weight."""

@@ -1,0 +1,103 @@
+"""The demo's search, ten minutes on ResNet-20 and Fashion-MNIST, against the one-line int8 of the runtime."""
+
+from pathlib import Path
+from typing import Any
+
+from trimpoint.search import open_study, resume, search
+from trimpoint.search.frontier import SCORE, Frontier
+from trimpoint.search.log import FILE
+from trimpoint.search.pick import ratio, speed
+from trimpoint.target import Goal, Target
+from trimpoint.values import Trial
+
+QUESTION = "How small and fast does ten minutes of search make a ResNet-20 on Fashion-MNIST, at one point of accuracy?"
+BUDGET = "10m"
+NEAR = 0.05
+"""Trials within so much of the baseline's accuracy count as points of the frontier."""
+
+
+def run(resume_dir: Path) -> dict[str, Any]:
+    """Search, or go on with the search, and compare."""
+    out = resume_dir / "study"
+    if (out / FILE).exists():
+        resume(out)
+    else:
+        search(
+            "trimpoint.demo:model",
+            "trimpoint.demo:task",
+            target=Target(),
+            goal=Goal(max_drop=0.01),
+            budget=BUDGET,
+            out=out,
+        )
+    record = open_study(out).record
+    baseline, one_liner, best = record.baseline, record.one_line_int8, record.chosen
+    if baseline is None or one_liner is None or best is None:
+        raise RuntimeError(f"The search came to nothing: {record.verdict}")
+    control = next((t for t in record.trials if t.label.startswith("control")), None)
+    named = {
+        "unmodified, ONNX Runtime": baseline,
+        "one-line int8, ONNX Runtime": one_liner,
+        "trimpoint": best,
+        "unmodified, trained as long as a first-rung candidate": control,
+    }
+    certificate = best.certificate
+    near = _near(record.trials, baseline)
+    return {
+        "rows": [_row(name, trial, baseline) for name, trial in named.items() if trial is not None]
+        + [_row(f"frontier: trial {t.number}, {t.label}", t, baseline) for t in near],
+        "goals": [
+            _goal("times faster than unmodified", speed(best, baseline), 3.0, 5.0),
+            _goal("times smaller than unmodified", 1 / ratio(best, baseline, "file_bytes"), 6.0, 12.0),
+            _goal(
+                "upper bound of the certified drop, points",
+                None if certificate is None else certificate.upper * 100,
+                1.0,
+                0.5,
+                better="lower",
+                unit="points",
+            ),
+            _goal("times faster than the one-line int8", speed(best, one_liner), 1.4, 2.0),
+            _goal("times smaller than the one-line int8", 1 / ratio(best, one_liner, "file_bytes"), 1.6, 3.0),
+            _goal("points on the frontier within 5 points of accuracy", len(near), 5, None, unit="trials"),
+            _goal("methods among them", len(_methods(near)), 3, None, unit="methods"),
+        ],
+    }
+
+
+def _near(trials: tuple[Trial, ...], baseline: Trial) -> list[Trial]:
+    floor = baseline.quality.value - NEAR if baseline.quality else 0.0
+    frontier = Frontier.of(trials, ("latency_ms", "file_bytes", SCORE))
+    return [t for t in frontier if t.quality is not None and t.quality.value >= floor]
+
+
+def _methods(trials: list[Trial]) -> set[str]:
+    return {step["method"] for trial in trials for step in trial.plan.get("steps", [])}
+
+
+def _row(name: str, trial: Trial, baseline: Trial) -> dict[str, Any]:
+    quality, certificate, profile = trial.quality, trial.certificate, trial.profile
+    interval = profile.get("latency_ratio")
+    return {
+        "system": name,
+        "latency_ms": profile["latency_ms"].value,
+        "latency_ratio": speed(trial, baseline),
+        "latency_ratio_ci": None if interval is None else [interval.low, interval.high],
+        "file_bytes": profile["file_bytes"].value,
+        "params": profile["params"].value,
+        "macs": profile["macs"].value,
+        "peak_rss_bytes": profile["peak_rss_bytes"].value,
+        "accuracy_select": None if quality is None else quality.value,
+        "drop_select": None if quality is None else quality.drop,
+        "drop_select_upper95": None if quality is None else quality.drop_upper,
+        "accuracy_test": None if certificate is None else certificate.value,
+        "drop_test": None if certificate is None else certificate.drop,
+        "drop_test_upper": None if certificate is None else certificate.upper,
+        "certificate": None if certificate is None else certificate.status,
+    }
+
+
+def _goal(
+    name: str, value: float | None, must: float, aim: float | None, *, better: str = "higher", unit: str = "×"
+) -> dict[str, Any]:
+    return {"name": name, "value": value, "must": must, "aim": aim, "better": better, "unit": unit}

@@ -30,17 +30,17 @@ def test_promotion_prefers_merit_among_the_promising():
     bold = trial(1, ratio=8.0, size=500.0, drop=0.012, upper=0.015)
     mild = trial(2, ratio=4.0, size=900.0, drop=0.006, upper=0.011)
     hopeless = trial(3, ratio=16.0, size=200.0, drop=0.2, upper=0.21)
-    rising = promote([bold, mild, hopeless], BASELINE, Goal(max_drop=0.01), 2, rungs_left=1)
+    rising = promote([bold, mild, hopeless], BASELINE, Goal(max_drop=0.01), 2, growth=4.0)
     assert [t.number for t in rising] == [1, 2]
 
 
 def test_the_safe_choice_keeps_a_place():
     bold = [trial(i, ratio=8.0 + i, size=500.0, drop=0.01, upper=0.013) for i in (1, 2)]
     safe = trial(3, ratio=2.0, size=2000.0, drop=0.001, upper=0.004)
-    rising = promote([*bold, safe], BASELINE, Goal(max_drop=0.01), 2, rungs_left=1)
+    rising = promote([*bold, safe], BASELINE, Goal(max_drop=0.01), 2, growth=4.0)
     assert [t.number for t in rising] == [2, 3]
 
 
 def test_failures_do_not_rise():
     failed = trial(1, ratio=9.0, state="failed", drop=0.0, upper=0.0)
-    assert promote([failed], BASELINE, Goal(), 2, rungs_left=1) == []
+    assert promote([failed], BASELINE, Goal(), 2, growth=4.0) == []

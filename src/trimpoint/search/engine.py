@@ -32,7 +32,7 @@ CONTROL = "control: "
 CLOSING_SHARE = 0.06
 """Share of the budget that is kept for choosing, certifying and writing the artifact."""
 PRECISIONS = ("float32", "bfloat16")
-RUNG_SHARES = (0.25, 0.35, 1.0)
+RUNG_SHARES = (0.2, 0.3, 1.0)
 """Share of what is left of the training time that each rung may use."""
 CONTAINED = (TrimpointError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 """What a trial may raise without ending the search; it becomes a recorded failure."""
@@ -216,11 +216,27 @@ class Engine:
                 self._candidate(control, rung, label=CONTROL)
             ended = [self._candidate(plan, rung) for _, plan in racing.values() if not self._out_of_time()]
             if number + 1 < len(counts):
-                rising = promote(
-                    ended, baseline, self.settings.goal, counts[number + 1], rungs_left=len(counts) - number - 1
-                )
+                growth = self._growth(rung, cost, counts[-1])
+                rising = promote(ended, baseline, self.settings.goal, counts[number + 1], growth)
                 racing = {trial.plan_hash: racing[trial.plan_hash] for trial in rising}
         self._vary_last_step(list(racing.values()), found, recovery[0], rung)
+
+    def _growth(self, rung: Rung, full_seconds: float, width: int) -> float:
+        """Return by what factor the effort is expected to grow until the last rung."""
+
+        def decide() -> float:
+            if self.left is None or not full_seconds:
+                return 1.0 / rung.effort
+            final = effort_for(
+                self.left * 0.7,
+                width,
+                full_seconds=full_seconds,
+                before=rung.effort,
+                overhead=self.bench.overhead_seconds,
+            )
+            return round(final / rung.effort, 2)
+
+        return float(self._decide(f"growth/{rung.number}", decide))
 
     def _vary_last_step(
         self, racing: Sequence[tuple[Structure, Plan]], found: Probe, recovery: Recovery | None, rung: Rung

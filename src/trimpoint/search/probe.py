@@ -119,7 +119,7 @@ def probe(
         else:
             corrections[kind.method_name()] = _correction([(e, r["latency_ms"]) for e, r in found])
             useful.append(kind)
-    every = structures(useful, blocks, groups, list(bench.leaves), where)
+    every = structures(useful, blocks, groups, bench.leaves, where)
     with_gains = [_with_gains(s, operators, bench.leaves, corrections, blocks, groups) for s in every]
     return Probe(structures=with_gains, quantiser=quantiser, left_out=left_out, rows=rows)
 

@@ -12,7 +12,7 @@ from trimpoint.target import Goal
 from trimpoint.values import Trial
 
 LEARNING = 0.5
-"""Share of the drop that is assumed to remain after a rung; used only to decide who is worth more training."""
+"""The drop is assumed to fall with training as effort to the power of minus this; used only to decide who rises."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,16 @@ def widths(seconds: float | None, trials: int | None, overhead: float = 8.0) -> 
         trials: candidates' trials left, or `None` without a limit in number.
         overhead: seconds that a trial takes beside its training (exporting, measuring).
     """
-    first = 8 if seconds is None else max(1, min(8, int(0.3 * seconds / (2 * overhead))))
-    rounds: tuple[int, ...] = (first, max(1, first // 2), max(1, first // 4)) if first > 1 else (1,)
+    first = 5 if seconds is None else max(1, min(5, int(0.2 * seconds / (2 * overhead))))
+    rounds = _rounds(first)
     while trials is not None and sum(rounds) > trials and first > 1:
         first -= 1
-        rounds = (first, max(1, first // 2), max(1, first // 4))
-    if trials is not None and sum(rounds) > trials:
-        rounds = rounds[: max(0, trials)]
-    return rounds
+        rounds = _rounds(first)
+    return rounds if trials is None or sum(rounds) <= trials else rounds[:trials]
+
+
+def _rounds(first: int) -> tuple[int, ...]:
+    return (first, max(1, first // 2), 1) if first > 1 else (1,)
 
 
 def effort_for(
@@ -65,19 +67,19 @@ def effort_for(
     return float(min(1.0, max(before + gain, before * 1.25, least)))
 
 
-def promote(trials: Sequence[Trial], baseline: Trial, goal: Goal, width: int, rungs_left: int) -> list[Trial]:
+def promote(trials: Sequence[Trial], baseline: Trial, goal: Goal, width: int, growth: float) -> list[Trial]:
     """Return the trials that rise to the next rung, best first.
 
-    A candidate counts as promising when its drop, halved once for each rung that is left, would be allowed; the
-    promising are ranked by merit, the others by their drop. A place is kept for the mildest candidate that is already
-    feasible, so that a bold choice never costs the safe one.
+    A candidate counts as promising when the drop that it is expected to end with would be allowed; the promising are
+    ranked by merit, the others by their drop. A place is kept for the mildest candidate that is already feasible, so
+    that a bold choice never costs the safe one.
 
     Args:
         trials: of the rung that just ended.
         baseline: the unmodified model.
         goal: what is to be reached.
         width: how many may rise.
-        rungs_left: rungs after the one that just ended.
+        growth: effort that the last rung is expected to reach, over the effort so far.
     """
     done = [t for t in trials if t.state == "complete" and t.quality is not None and t.quality.drop is not None]
     allowed = goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
@@ -85,7 +87,8 @@ def promote(trials: Sequence[Trial], baseline: Trial, goal: Goal, width: int, ru
     def outlook(trial: Trial) -> float:
         drop = trial.quality.drop if trial.quality and trial.quality.drop is not None else float("inf")
         upper = trial.quality.drop_upper if trial.quality and trial.quality.drop_upper is not None else drop
-        return max(drop, 0.0) * LEARNING**rungs_left + (upper - drop)
+        left = float(max(growth, 1.0) ** -LEARNING)
+        return max(drop, 0.0) * left + (upper - drop) * left**0.5
 
     promising = sorted((t for t in done if outlook(t) <= allowed), key=lambda t: standing(t, baseline, goal).merit)
     others = sorted((t for t in done if outlook(t) > allowed), key=outlook)

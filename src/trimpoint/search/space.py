@@ -15,7 +15,7 @@ from trimpoint.task import Task
 from trimpoint.values import Block, Group
 
 MOST_STRUCTURES = 4_000
-DAMAGE = (0.25, 0.65)
+DAMAGE = (0.3, 0.55)
 """Range of damage that the first candidates are spread over."""
 
 
@@ -26,7 +26,8 @@ class Structure:
     Args:
         steps: structural steps only; empty for the unmodified model.
         shares: module path → share of its work that is left (a path stands for everything below it).
-        damage: share of the layers' work that is removed, every layer counting alike: 0 is untouched.
+        damage: share of the layers' work that is removed, in [0, 1]; a layer counts by the fourth root of its number of
+            parameters, between counting all alike and counting parameters.
         gains: metric → forecast ratio to the unmodified model (below 1 is smaller).
     """
 
@@ -71,7 +72,7 @@ def structures(
     kinds: Sequence[type[Method]],
     blocks: Sequence[Block],
     groups: Sequence[Group],
-    leaves: Sequence[str],
+    leaves: Mapping[str, int],
     where: Filter = EVERYTHING,
 ) -> list[Structure]:
     """Return every combination of the methods' own variants, the unmodified structure first.
@@ -80,13 +81,14 @@ def structures(
         kinds: structural methods, in the order of their stages.
         blocks: of the model.
         groups: of the model.
-        leaves: paths of the modules that have parameters.
+        leaves: paths of the modules that have weights, with their numbers of parameters.
         where: what may be changed.
     """
     menus: list[list[Method | None]] = [[None, *kind.variants(blocks, groups)] for kind in kinds]
     while np.prod([len(menu) for menu in menus]) > MOST_STRUCTURES:
         longest = max(menus, key=len)
         longest[1:] = longest[1::2]
+    weights = np.array(list(leaves.values()), dtype=np.float64) ** 0.25
     result = []
     for choice in product(*menus):
         methods = [method for method in choice if method is not None]
@@ -94,7 +96,8 @@ def structures(
         for method in methods:
             for path, share in method.forecast(blocks, groups).items():
                 shares[path] = shares.get(path, 1.0) * share
-        damage = float(np.mean([1 - share_of(leaf, shares) for leaf in leaves])) if leaves else 0.0
+        lost = [1 - share_of(leaf, shares) for leaf in leaves]
+        damage = float(np.average(lost, weights=weights)) if leaves else 0.0
         result.append(Structure(steps=tuple(Step(m, where) for m in methods), shares=shares, damage=damage))
     return result
 

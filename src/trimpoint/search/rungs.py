@@ -87,8 +87,8 @@ def promote(trials: Sequence[Trial], baseline: Trial, goal: Goal, width: int, gr
     def outlook(trial: Trial) -> float:
         drop = trial.quality.drop if trial.quality and trial.quality.drop is not None else float("inf")
         upper = trial.quality.drop_upper if trial.quality and trial.quality.drop_upper is not None else drop
-        left = float(max(growth, 1.0) ** -LEARNING)
-        return max(drop, 0.0) * left + (upper - drop) * left**0.5
+        left = max(growth, 1.0) ** -LEARNING
+        return float(max(drop, 0.0) * left + (upper - drop) * left**0.5)
 
     promising = sorted((t for t in done if outlook(t) <= allowed), key=lambda t: standing(t, baseline, goal).merit)
     others = sorted((t for t in done if outlook(t) > allowed), key=outlook)

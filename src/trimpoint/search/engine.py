@@ -20,8 +20,9 @@ from trimpoint.recover.recipe import Recovery
 from trimpoint.search.log import TrialLog
 from trimpoint.search.pick import choose, ratio, standing
 from trimpoint.search.probe import Probe, probe
-from trimpoint.search.rungs import Rung, effort_for, promote, widths
+from trimpoint.search.rungs import LEARNING, Rung, effort_for, promote, widths
 from trimpoint.search.space import Structure, ladder, usable_methods
+from trimpoint.search.surrogate import newcomers
 from trimpoint.search.workbench import Workbench
 from trimpoint.target import Goal, Target
 from trimpoint.task import Task
@@ -32,7 +33,9 @@ CONTROL = "control: "
 CLOSING_SHARE = 0.06
 """Share of the budget that is kept for choosing, certifying and writing the artifact."""
 PRECISIONS = ("float32", "bfloat16")
-RUNG_SHARES = (0.2, 0.3, 1.0)
+NEWCOMERS_DROP = 0.8
+"""Share of the allowed drop that a structure which was not in the first rung is expected to keep to."""
+RUNG_SHARES = (0.2, 0.35, 1.0)
 """Share of what is left of the training time that each rung may use."""
 CONTAINED = (TrimpointError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 """What a trial may raise without ending the search; it becomes a recorded failure."""
@@ -217,8 +220,23 @@ class Engine:
             ended = [self._candidate(plan, rung) for _, plan in racing.values() if not self._out_of_time()]
             if number + 1 < len(counts):
                 growth = self._growth(rung, cost, counts[-1])
-                rising = promote(ended, baseline, self.settings.goal, counts[number + 1], growth)
+                places = counts[number + 1] if number else (counts[1] + 1) // 2
+                rising = promote(ended, baseline, self.settings.goal, places, growth)
+                seen = [
+                    (racing[t.plan_hash][0], t.quality.drop) for t in ended if t.quality and t.quality.drop is not None
+                ]
                 racing = {trial.plan_hash: racing[trial.plan_hash] for trial in rising}
+                if number == 0:
+                    allowed = self.settings.goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
+                    fresh = newcomers(
+                        seen,
+                        found.structures,
+                        self.bench.leaves,
+                        allowed=NEWCOMERS_DROP * allowed,
+                        shrink=growth**-LEARNING,
+                        count=counts[1] - len(rising),
+                    )
+                    racing |= {plan.hash: (s, plan) for s in fresh if (plan := self._plan(s, found, recovery[0]))}
         self._vary_last_step(list(racing.values()), found, recovery[0], rung)
 
     def _growth(self, rung: Rung, full_seconds: float, width: int) -> float:

@@ -47,7 +47,7 @@ def widths(seconds: float | None, trials: int | None, overhead: float = 8.0) -> 
 
 
 def _rounds(first: int) -> tuple[int, ...]:
-    return (first, max(1, first // 2), 1) if first > 1 else (1,)
+    return (first, first - 1, 1) if first > 1 else (1,)
 
 
 def effort_for(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from trimpoint.errors import StorageError, StudyError, TrimpointError
@@ -208,36 +209,51 @@ class Engine:
         }
         if not racing:
             return
-        effort = 0.0
+        effort, costs = 0.0, dict[str, float]()
         for number, width in enumerate(counts):
             racing = dict(list(racing.items())[:width])
-            cost = full_seconds * _mean_cost([structure for structure, _ in racing.values()])
+            cost = _mean_cost({key: full_seconds * _speed(s) for key, (s, _) in racing.items()}, costs)
             rung = self._rung(number, len(racing), effort, cost, last=number == len(counts) - 1)
-            effort = rung.effort
+            before, effort = effort, rung.effort
             if number == 0 and self._affords_control(full_seconds * effort):
                 control = self._plan(Structure(steps=(), shares={}), replace(found, quantiser=None), recovery[0])
                 self._candidate(control, rung, label=CONTROL)
             ended = [self._candidate(plan, rung) for _, plan in racing.values() if not self._out_of_time()]
+            costs = {t.plan_hash: self._full_seconds(t, effort, before) for t in ended if t.state == "complete"}
             if number + 1 < len(counts):
                 growth = self._growth(rung, cost, counts[-1])
                 places = counts[number + 1] if number else (counts[1] + 1) // 2
                 rising = promote(ended, baseline, self.settings.goal, places, growth)
-                seen = [
-                    (racing[t.plan_hash][0], t.quality.drop) for t in ended if t.quality and t.quality.drop is not None
-                ]
+                seen = [(racing[t.plan_hash][0], t.quality.drop or 0.0) for t in ended if t.quality]
                 racing = {trial.plan_hash: racing[trial.plan_hash] for trial in rising}
                 if number == 0:
-                    allowed = self.settings.goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
-                    fresh = newcomers(
-                        seen,
-                        found.structures,
-                        self.bench.leaves,
-                        allowed=NEWCOMERS_DROP * allowed,
-                        shrink=growth**-LEARNING,
-                        count=counts[1] - len(rising),
-                    )
+                    fresh = self._newcomers(seen, found, baseline, growth, counts[1] - len(rising))
                     racing |= {plan.hash: (s, plan) for s in fresh if (plan := self._plan(s, found, recovery[0]))}
         self._vary_last_step(list(racing.values()), found, recovery[0], rung)
+
+    def _newcomers(
+        self, seen: Sequence[tuple[Structure, float]], found: Probe, baseline: Trial, growth: float, count: int
+    ) -> list[Structure]:
+        """Return structures that were not in the first rung, and that it gives reason to try."""
+        allowed = self.settings.goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
+        return newcomers(
+            seen,
+            found.structures,
+            self.bench.leaves,
+            allowed=NEWCOMERS_DROP * allowed,
+            shrink=growth**-LEARNING,
+            count=count,
+        )
+
+    def _full_seconds(self, trial: Trial, effort: float, before: float) -> float:
+        """Return how long a recovery of full length takes, from how long that of a trial took."""
+        resumed = before * self._kept if trial.rung else 0.0
+        return max(trial.seconds - self.bench.overhead_seconds, 1.0) / max(effort - resumed, 1e-6)
+
+    @property
+    def _kept(self) -> float:
+        """Share of a recovery that a longer one does not repeat."""
+        return 0.0 if self.settings.recovery is None else 1 - self.settings.recovery.cooldown
 
     def _growth(self, rung: Rung, full_seconds: float, width: int) -> float:
         """Return by what factor the effort is expected to grow until the last rung."""
@@ -251,6 +267,7 @@ class Engine:
                 full_seconds=full_seconds,
                 before=rung.effort,
                 overhead=self.bench.overhead_seconds,
+                kept=self._kept,
             )
             return round(final / rung.effort, 2)
 
@@ -293,7 +310,9 @@ class Engine:
                 return {"effort": (1 / 9, 1 / 3, 1.0)[number]}
             share = 1.0 if last else RUNG_SHARES[number]
             overhead = self.bench.overhead_seconds
-            effort = effort_for(self.left * share, width, full_seconds=full_seconds, before=before, overhead=overhead)
+            effort = effort_for(
+                self.left * share, width, full_seconds=full_seconds, before=before, overhead=overhead, kept=self._kept
+            )
             return {"effort": round(effort, 4)}
 
         return Rung(number=number, width=width, effort=self._decide(f"rung/{number}", decide)["effort"])
@@ -328,9 +347,13 @@ class Engine:
         )
 
 
-def _mean_cost(structures: Sequence[Structure]) -> float:
-    gains = [structure.gains.get("latency_ms", 1.0) for structure in structures]
-    return sum(gains) / len(gains) if gains else 1.0
+def _speed(structure: Structure) -> float:
+    return structure.gains.get("latency_ms", 1.0)
+
+
+def _mean_cost(forecasts: Mapping[str, float], measured: Mapping[str, float]) -> float:
+    """Return the mean cost of what races; what was not measured yet costs its forecast, or as the dearest measured."""
+    return float(np.mean([measured.get(key, max([cost, *measured.values()])) for key, cost in forecasts.items()]))
 
 
 def _line(trial: Trial, baseline: Trial, goal: Goal) -> str:

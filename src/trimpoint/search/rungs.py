@@ -51,7 +51,14 @@ def _rounds(first: int) -> tuple[int, ...]:
 
 
 def effort_for(
-    seconds: float, width: int, *, full_seconds: float, before: float, overhead: float, least: float = 0.01
+    seconds: float,
+    width: int,
+    *,
+    full_seconds: float,
+    before: float,
+    overhead: float,
+    kept: float = 1.0,
+    least: float = 0.01,
 ) -> float:
     """Return the effort that `width` candidates can reach together in `seconds`.
 
@@ -61,10 +68,11 @@ def effort_for(
         full_seconds: time of a recovery of full length, on average.
         before: effort that is already behind them.
         overhead: seconds of each trial beside its training.
+        kept: share of it that a longer run does not repeat: what comes before the cool-down.
         least: effort at the least.
     """
     gain = (seconds / max(width, 1) - overhead) / max(full_seconds, 1e-9)
-    return float(min(1.0, max(before + gain, before * 1.25, least)))
+    return float(min(1.0, max(before * kept + gain, before * 1.25, least)))
 
 
 def promote(trials: Sequence[Trial], baseline: Trial, goal: Goal, width: int, growth: float) -> list[Trial]:

@@ -122,6 +122,15 @@ def families(record: "StudyRecord", recovery: frozenset[str]) -> dict[int, str]:
     return result
 
 
+def _staircase(marks: Sequence[Mark]) -> list[Mark]:
+    """Return the marks that have the best score of all that are as fast or faster, left to right."""
+    best: list[Mark] = []
+    for mark in sorted((m for m in marks if not m.below), key=lambda m: (m.x, m.y)):
+        if not best or mark.y < best[-1].y:
+            best.append(mark)
+    return best
+
+
 def frontier_picture(
     record: "StudyRecord", *, width: int, height: int, recovery: frozenset[str] = frozenset()
 ) -> Picture | None:
@@ -155,7 +164,7 @@ def frontier_picture(
         x_title=f"{METRIC_NAMES['latency_ms']} in ms{', logarithmic' if x.log else ''} (left is better)",
         y_title=f"{record.score}{split}{' in %' if percent else ''} ({better} is better)",
         marks=tuple(_captioned(marks, record, box, None if floor is None else y(floor))),
-        line=" ".join(f"{mark.x},{mark.y}" for mark in sorted(chain, key=lambda m: m.x) if not mark.below),
+        line=" ".join(f"{mark.x},{mark.y}" for mark in _staircase(chain)),
         floor=None if floor is None else y(floor),
         floor_label="allowed drop",
         legend=tuple((number, name, shape_path(number, 9, 9, 6)) for name, number in order.items()),

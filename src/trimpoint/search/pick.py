@@ -99,14 +99,14 @@ def verdict(best: Trial | None, near: Trial | None, baseline: Trial, one_liner: 
         if near is None:
             return "No trial is complete yet."
         return (
-            f"Nothing met the goal. Nearest is trial {near.number} ({near.label}): it misses "
+            f"Nothing met the goal. Nearest is trial {near.number} ({_steps(near)}): it misses "
             f"{standing(near, baseline, goal).limit}."
         )
     if best.role == "baseline":
         return (
             "The unmodified model is the best that meets the goal: nothing that was tried was better and good enough."
         )
-    text = f"Trial {best.number} ({best.label}) is {_times(best, baseline)} than the unmodified model"
+    text = f"Trial {best.number} ({_steps(best)}) is {_times(best, baseline)} than the unmodified model"
     if best.quality is not None and best.quality.drop is not None:
         text += f", {_loss(best)} on `{best.quality.split}`"
     if one_liner is not None and one_liner.number == best.number:
@@ -146,6 +146,16 @@ def _loss(trial: Trial) -> str:
     if quality is None or quality.drop is None:
         return ""
     scale, unit = (100, "points") if quality.name == "accuracy" else (1, "")
-    word = "loses" if quality.drop >= 0 else "gains"
-    bound = "" if quality.drop_upper is None else f" (at most {quality.drop_upper * scale:.2f} with 95 % confidence)"
-    return f"{word} {abs(quality.drop) * scale:.2f} {unit}".rstrip() + f" of {quality.name}{bound}"
+    lost = f"{abs(quality.drop) * scale:.2f} {unit}".rstrip() + f" of {quality.name}"
+    upper = quality.drop_upper
+    if quality.drop >= 0:
+        return f"loses {lost}" + ("" if upper is None else f" (at most {upper * scale:.2f} with 95 % confidence)")
+    if upper is None:
+        return f"gains {lost}"
+    return f"gains {lost} (with 95 % confidence it loses " + (
+        f"at most {upper * scale:.2f})" if upper > 0 else "nothing)"
+    )
+
+
+def _steps(trial: Trial) -> str:
+    return " → ".join(step["method"] for step in trial.plan.get("steps", [])) or trial.label

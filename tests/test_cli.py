@@ -167,18 +167,21 @@ def test_a_closed_pipe_is_no_error_message() -> None:
     assert err == b""
 
 
-def test_interrupting_a_search_says_what_is_kept(monkeypatch, capsys) -> None:
+def test_interrupting_a_search_says_what_is_kept(tmp_path: Path, monkeypatch, capsys) -> None:
     importlib.import_module("trimpoint.search")
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["trimpoint.search"], "search", interrupted)
-    assert main(["search", "a:b", "a:c", "--out", "runs/mine"]) == 130
+    assert main(["search", "a:b", "a:c", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\ninterrupted: nothing had been written\n"
+    (tmp_path / "study.db").touch()
+    assert main(["search", "a:b", "a:c", "--out", str(tmp_path)]) == 130
     out, err = capsys.readouterr()
     assert out == ""
-    assert "kept in runs/mine" in err
-    assert "hint: go on with `trimpoint resume runs/mine`" in err
+    assert f"kept in {tmp_path}" in err
+    assert f"hint: go on with `trimpoint resume {tmp_path}`" in err
 
 
 def test_a_study_that_is_not_there(tmp_path: Path, capsys) -> None:

@@ -272,6 +272,28 @@ def manifest_digest(directory: Path | str) -> str:
     return digest_of(Path(directory))
 
 
+def artifact_files(directory: Path | str) -> ArtifactFiles:
+    """Return the runtime's files of an artifact, every hash checked.
+
+    Raises:
+        ArtifactError: if the directory is no sound artifact.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    check_files(directory, manifest)
+    return ArtifactFiles(directory=directory, lowered=_lowered(manifest))
+
+
+def read_certificate(directory: Path | str) -> Certificate | None:
+    """Return the certificate of an artifact, `None` where it has none.
+
+    Raises:
+        ArtifactError: if its records cannot be read.
+    """
+    certificate: Certificate | None = _records(Path(directory))["certificate"]
+    return certificate
+
+
 def certificate_notes(certificate: Certificate | None, runtime: str) -> tuple[str, ...]:
     """Return in what respects a certificate was made for something else than this machine and its runtime."""
     if certificate is None:

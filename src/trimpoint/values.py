@@ -258,7 +258,7 @@ class Certificate:
 TrialState = Literal["running", "complete", "infeasible", "stopped", "failed"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Trial:
     """One plan at one rung, and what came of it.
 
@@ -293,6 +293,13 @@ class Trial:
     error: str = ""
     artifact: str | None = None
     certificate: Certificate | None = None
+
+    def __repr__(self) -> str:
+        parts = [str(self.number), self.label, self.state]
+        parts += [f"{name} {self.profile[name]}" for name in ("latency_ratio", "file_bytes") if name in self.profile]
+        parts += [f"{self.quality.name} {self.quality.value:.4g}"] if self.quality else []
+        parts += [f"certificate {self.certificate.status}"] if self.certificate else []
+        return f"Trial({', '.join(part for part in parts if part)})"
 
 
 def to_data(value: Any) -> Any:

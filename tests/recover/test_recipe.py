@@ -22,14 +22,15 @@ def make_task(count=50, batch_size=8):
         (nn.Sequential(nn.Embedding(3, 2), nn.LayerNorm(2)), True),
         (nn.TransformerEncoderLayer(8, 2), True),
         (nn.Sequential(nn.Embedding(3, 2), nn.BatchNorm1d(2)), False),
-        (nn.Linear(2, 2), False),
+        (nn.Linear(2, 2), True),
     ],
 )
 def test_optimizer_by_model(model, adamw):
     assert prefers_adamw(model) is adamw
     settings = Finetune().settings(model, make_task())
     assert settings.optimizer == ("adamw" if adamw else "sgd")
-    assert (settings.lr, settings.weight_decay) == ((1e-4, 0.01) if adamw else (0.05, 5e-4))
+    rate = 1e-3 if isinstance(model, nn.Linear) else 1e-4
+    assert (settings.lr, settings.weight_decay) == ((rate, 0.01) if adamw else (0.05, 5e-4))
 
 
 def test_given_values_go_before_defaults():

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,6 +68,14 @@ def positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number ≥ 1. Got {text!r}.")
     return int(text)
+
+
+def fraction(text: str) -> float:
+    """Read a number from 0."""
+    value = number_or_text(text)
+    if isinstance(value, str) or not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number ≥ 0. Got {text!r}.")
+    return value
 
 
 def setting(text: str) -> tuple[str, str, Any]:

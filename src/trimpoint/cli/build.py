@@ -13,7 +13,7 @@ from trimpoint.manifest import is_artifact
 from trimpoint.measure.inputs import synthetic_like
 from trimpoint.plan import Plan
 from trimpoint.progress import Progress
-from trimpoint.search.delivery import files_of
+from trimpoint.search.delivery import files_of, rebuild_of
 from trimpoint.search.workbench import Workbench
 from trimpoint.target import Target
 from trimpoint.values import Trial
@@ -44,7 +44,7 @@ def build_artifact(
 
     Args:
         model: unmodified; it stays so.
-        task: with `select` data, on which both are scored.
+        task: data for the plan's methods; both are scored on `select`, where there is such data.
         plan: what to do.
         target: where it must run.
         directory: of the artifact; new or empty.
@@ -77,6 +77,7 @@ def build_artifact(
             plan=plan.to_data(),
             profile=trial.profile,
             baseline=baseline.profile,
+            rebuild=rebuild_of(Path(name), files),
         )
     return Built(baseline=baseline, trial=trial, verified=verify_artifact(directory, digest))
 

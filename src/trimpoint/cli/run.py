@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from trimpoint.cli.artifact_verbs import add_verbs as add_artifact_verbs
@@ -107,13 +108,14 @@ def _say(error: TrimpointError, args: argparse.Namespace, code: int) -> int:
 def _interrupted(args: argparse.Namespace) -> int:
     if args.debug:
         traceback.print_exc()
-    kept = getattr(args, "keeps", None)
-    if kept is None:
-        sys.stderr.write("\ninterrupted: nothing was kept\n")
+    keeps = getattr(args, "keeps", None)
+    study = None if keeps is None else keeps(args)
+    if study is None or not Path(study, "study.db").is_file():
+        sys.stderr.write("\ninterrupted: nothing had been written\n")
     else:
         sys.stderr.write(
-            f"\ninterrupted: every trial that had ended is kept in {kept(args)}\n\n"
-            f"hint: go on with `trimpoint resume {kept(args)}`\n"
+            f"\ninterrupted: every trial that had ended is kept in {study}\n\n"
+            f"hint: go on with `trimpoint resume {study}`\n"
         )
     return INTERRUPTED
 

@@ -1,5 +1,6 @@
 """Start the process that measures, and hold the one lock that makes measuring exclusive on this machine."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -41,6 +42,14 @@ class ArtifactFiles:
         """Size of all files that the runtime loads."""
         names = {name for files in self.lowered.files.values() for name in files}
         return sum((self.directory / name).stat().st_size for name in names)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the files that the runtime loads, their names included."""
+        digest = hashlib.sha256()
+        for name in sorted({name for files in self.lowered.files.values() for name in files}):
+            digest.update(name.encode() + (self.directory / name).read_bytes())
+        return digest.hexdigest()
 
 
 def run_child(

@@ -10,7 +10,7 @@ from trimpoint.method import Bounds, Method, param
 from trimpoint.recover.trainer import Settings
 from trimpoint.task import Task
 
-_DEFAULTS = {"sgd": (0.05, 5e-4), "adamw": (1e-4, 0.01)}
+_WEIGHT_DECAY = {"sgd": 5e-4, "adamw": 0.01}
 _ATTENTION = (nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.Embedding)
 
 
@@ -23,11 +23,13 @@ class Recovery(Method):
     )
     optimizer: str = param(
         "auto",
-        doc="`adamw` where the model has layer norms, attention or embeddings and no batch norm, else `sgd` (Nesterov)",
+        doc="`sgd` (Nesterov) where the model has batch norms, else `adamw`",
         choices=("auto", "sgd", "adamw"),
     )
     lr: float | None = param(
-        None, doc="learning rate while it is constant; by default 0.05 for sgd, 1e-4 for adamw", bounds=Bounds(gt=0)
+        None,
+        doc="learning rate while it is constant; by default 0.05 for sgd, for adamw 1e-4 with attention, else 1e-3",
+        bounds=Bounds(gt=0),
     )
     weight_decay: float | None = param(
         None, doc="on weights, not on norms and biases; by default 5e-4 for sgd, 0.01 for adamw", bounds=Bounds(ge=0)
@@ -55,12 +57,12 @@ class Recovery(Method):
         optimizer: Literal["sgd", "adamw"] = "sgd"
         if self.optimizer == "adamw" or (self.optimizer == "auto" and prefers_adamw(model)):
             optimizer = "adamw"
-        lr, weight_decay = _DEFAULTS[optimizer]
+        lr = 0.05 if optimizer == "sgd" else 1e-4 if _has(model, _ATTENTION) else 1e-3
         return Settings(
             steps=max(1, round(self.epochs * effort * steps)) if self.epochs else 0,
             lr=lr if self.lr is None else self.lr,
             optimizer=optimizer,
-            weight_decay=weight_decay if self.weight_decay is None else self.weight_decay,
+            weight_decay=_WEIGHT_DECAY[optimizer] if self.weight_decay is None else self.weight_decay,
             momentum=self.momentum,
             warmup=round(self.warmup * steps),
             cooldown=self.cooldown,
@@ -71,11 +73,12 @@ class Recovery(Method):
 
 
 def prefers_adamw(model: nn.Module) -> bool:
-    """Return whether a model has layer norms, attention or embeddings and no batch norm."""
-    modules = list(model.modules())
-    return any(isinstance(m, _ATTENTION) for m in modules) and not any(
-        isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules
-    )
+    """Return whether a model has no batch norms: without them, a large learning rate soon breaks down."""
+    return not _has(model, (nn.modules.batchnorm._BatchNorm,))
+
+
+def _has(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    return any(isinstance(module, kinds) for module in model.modules())
 
 
 def steps_in_epoch(task: Task) -> int:

@@ -14,6 +14,7 @@ from trimpoint.signature import Signature
 from trimpoint.values import Format
 
 _WEIGHTED = ("Convolution", "GroupConvolution", "ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul")
+_HOPS = 4
 _RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence", "LSTMCell", "GRUCell", "RNNCell")
 
 
@@ -67,12 +68,34 @@ def quantize(
             ),
         ),
     }
+    if _attends(model):
+        settings["model_type"] = nncf.ModelType.TRANSFORMER
     return _run(nncf, model, exported.signature, calibration, settings), tuple(unmapped)
 
 
 def quantize_default(model: Any, signature: Signature, calibration: Sequence[Any]) -> Any:
     """Return the model as `nncf.quantize(model, dataset)` makes it."""
     return _run(_import(), model, signature, calibration, {})
+
+
+def _attends(model: Any) -> bool:
+    """Return whether a model has attention: a softmax that a matrix product reads, at most a few operators later.
+
+    NNCF then smooths outliers between channels and keeps what it knows to be sensitive in float32; without that, int8
+    transformers can lose their answers altogether.
+
+    References:
+        https://docs.openvino.ai/2025/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html;
+        Xiao et al., "SmoothQuant" (2023).
+    """
+    reached = [op for op in model.get_ordered_ops() if op.get_type_name() in ("Softmax", "ScaledDotProductAttention")]
+    if any(op.get_type_name() == "ScaledDotProductAttention" for op in reached):
+        return True
+    for _ in range(_HOPS):
+        reached = [reader.get_node() for op in reached for out in op.outputs() for reader in out.get_target_inputs()]
+        if any(op.get_type_name() == "MatMul" for op in reached):
+            return True
+    return False
 
 
 def _import() -> Any:

@@ -5,6 +5,7 @@ This module needs `onnx` (the full installation); what opens an artifact does no
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ def preprocess(model: ModelProto) -> ModelProto:
         onnx.save(model, source)
         for symbolic in (True, False):
             try:
-                quant_pre_process(source, target, skip_symbolic_shape=not symbolic)
+                # Where symbolic inference gives up it leaves the weights in the working directory.
+                with chdir(directory):
+                    quant_pre_process(source, target, skip_symbolic_shape=not symbolic)
                 return onnx.load(target)
             except Exception as error:
                 # Symbolic inference raises a bare Exception for operators that it does not know; go on without it.

@@ -1,7 +1,7 @@
 """From a chosen trial to what is handed over: the certificate, and the artifact in `best/`."""
 
-import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 
 from trimpoint.artifact import write_artifact
 from trimpoint.errors import StudyError
+from trimpoint.manifest import is_artifact
 from trimpoint.measure.environment import instruction_set
 from trimpoint.measure.inputs import synthetic_like
 from trimpoint.measure.process import ArtifactFiles
@@ -22,7 +23,7 @@ from trimpoint.trust.certify import certify_runs
 from trimpoint.trust.ledger import Ledger
 from trimpoint.values import Certificate, Trial, from_data
 
-BEST = "best"
+BEST, BASELINE = "best", "baseline"
 LOWERED = "lowered.json"
 SYNTHETIC = "synthetic.npz"
 STAGE = "stage.json"
@@ -70,14 +71,6 @@ def _parity_cases(study: Path, session: Session) -> list[tuple[Any, Any]]:
     return [(batch, session(batch)) for batch in batches]
 
 
-def artifact_digest(files: ArtifactFiles) -> str:
-    """Return the SHA-256 over the files that the runtime loads."""
-    digest = hashlib.sha256()
-    for name in sorted({name for names in files.lowered.files.values() for name in names}):
-        digest.update(name.encode() + (files.directory / name).read_bytes())
-    return digest.hexdigest()
-
-
 def certify_trial(
     study: Path,
     task: Task,
@@ -107,29 +100,46 @@ def certify_trial(
         task,
         margin,
         ledger=ledger or Ledger(),
-        artifact_digest=artifact_digest(files),
-        batch=artifact_digest(base),
+        artifact_digest=files.digest,
+        batch=base.digest,
         runtime=f"{runtime.name} {runtime.version()}",
         instruction_set=instruction_set(),
     )
-    return replace(certificate, reference=f"{reference.label} in the same runtime")
+    compared = (
+        "the unmodified model" if reference.role == "baseline" else f"trial {reference.number} ({reference.label})"
+    )
+    return replace(certificate, reference=f"{compared} in the same runtime")
+
+
+def rebuild_of(study: Path, files: ArtifactFiles) -> Path | None:
+    """Return the directory that rebuilds the module which lowered files come from; `None` where it was not changed."""
+    noted = files.directory / STAGE
+    if not noted.is_file():
+        return None
+    path = study / "store" / str(json.loads(noted.read_text(encoding="utf-8"))["stage"]) / "rebuild"
+    return path if path.is_dir() else None
 
 
 def deliver(study: Path, trial: Trial, record: StudyRecord) -> Path:
-    """Write the artifact of a trial to `best/`, in place of what was there.
+    """Write the artifact of a trial to `best/`, in place of what was there, and the unmodified model's to `baseline/`.
 
     Args:
         study: directory of the study.
         trial: to hand over.
         record: of the study.
     """
+    if record.baseline is not None and not is_artifact(study / BASELINE):
+        _write(study, BASELINE, record.baseline, record)
+    return _write(study, BEST, trial, record)
+
+
+def _write(study: Path, name: str, trial: Trial, record: StudyRecord) -> Path:
     files = files_of(study, trial)
     session = get_runtime(files.lowered.runtime).open(files.directory, files.lowered, threads=record.target.threads)
-    noted = files.directory / STAGE
-    stage = json.loads(noted.read_text(encoding="utf-8"))["stage"] if noted.is_file() else None
-    rebuild = study / "store" / stage / "rebuild" if stage else None
+    for leftover in study.glob(f".{name}-*"):  # Of a process that was killed here; the study's lock is held.
+        shutil.rmtree(leftover, ignore_errors=True)
     write_artifact(
-        study / BEST,
+        study / name,
         source_dir=files.directory,
         lowered=files.lowered,
         parity=_parity_cases(study, session),
@@ -138,6 +148,6 @@ def deliver(study: Path, trial: Trial, record: StudyRecord) -> Path:
         certificate=trial.certificate,
         environment=record.environment,
         baseline=record.baseline.profile if record.baseline else None,
-        rebuild=rebuild if rebuild is not None and rebuild.is_dir() else None,
+        rebuild=rebuild_of(study, files),
     )
-    return study / BEST
+    return study / name

@@ -202,7 +202,9 @@ class Engine:
             self._candidate(Plan((Step(found.quantiser, where),), seed), Rung(number=0, width=1, effort=1.0))
         recovery = self._recovery()
         full_seconds = self._decide("full_seconds", lambda: recovery[1])
-        counts = self._decide("widths", lambda: list(widths(self.left, self._trials_left())))
+        # A budget that was raised later is a decision of its own.
+        key = f"widths/{self.settings.seconds}/{self.settings.trials}"
+        counts = self._decide(key, lambda: list(widths(self.left, self._trials_left())))
         chosen = ladder(found.structures, counts[0]) if counts else []
         racing = {
             plan.hash: (structure, plan) for structure in chosen if (plan := self._plan(structure, found, recovery[0]))

@@ -1,7 +1,10 @@
 """What a study is about, as one hash: it refuses a resume that would mix things."""
 
+import ast
 import hashlib
+import inspect
 import json
+import textwrap
 from typing import Any
 
 from torch import nn
@@ -25,6 +28,32 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def code_digest(model: nn.Module, task: Task) -> str:
+    """Return the SHA-256 of the user's own code: the model's classes and the task's functions.
+
+    Taken from the syntax tree, so that comments and layout do not count; what has no source counts by its name.
+    """
+    kinds = {type(part) for part in model.modules() if not type(part).__module__.startswith("torch.")}
+    given = [task.loss, task.step, task.predict, task.collate, task.augment]
+    objects = sorted((item for item in (*kinds, *given) if item is not None), key=_name)
+    return hashlib.sha256("\n".join(f"{_name(item)} {_tree(item)}" for item in objects).encode()).hexdigest()
+
+
+def _name(item: Any) -> str:
+    return f"{getattr(item, '__module__', '')}.{getattr(item, '__qualname__', type(item).__qualname__)}"
+
+
+def _tree(item: Any) -> str:
+    try:
+        source = textwrap.dedent(inspect.getsource(item))
+    except (OSError, TypeError):
+        return ""
+    try:
+        return ast.dump(ast.parse(source))
+    except SyntaxError:  # A lambda in the middle of a statement.
+        return source
+
+
 def parts(model: nn.Module, task: Task, target: Target, plan_data: Any) -> dict[str, str]:
     """Return name → hash of everything that a study's results depend on.
 
@@ -41,6 +70,7 @@ def parts(model: nn.Module, task: Task, target: Target, plan_data: Any) -> dict[
         "format": str(FORMAT),
         "model": model_digest(model),
         **data,
+        "code": code_digest(model, task),
         "score": repr(task.score),
         "task version": task.version,
         "target": json.dumps(to_data(target), sort_keys=True),

@@ -75,7 +75,7 @@ def hypervolume(points: NDArray[np.float64], reference: Sequence[float]) -> floa
     return float(sum(slices))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Frontier:
     """Non-dominated trials, in the order of the first objective.
 
@@ -103,6 +103,10 @@ class Frontier:
 
     def __getitem__(self, index: int) -> Trial:
         return self.trials[index]
+
+    def __repr__(self) -> str:
+        members = "".join(f"\n  {trial}" for trial in self.trials)
+        return f"Frontier({len(self.trials)} trials by {', '.join(self.objectives)}){':' if members else ''}{members}"
 
     def hypervolume(self, ref: Mapping[str, float]) -> float:
         """Return the hypervolume up to the reference point `ref` (objective → its worst value, in its own unit)."""

@@ -6,6 +6,7 @@ Whatever was committed survives a kill at any moment. The file opens in optuna-d
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ class TrialLog:
         self._optuna = optuna
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._storage = self._guard(lambda: optuna.storages.RDBStorage(url, skip_compatibility_check=False))
             self._study = self._guard(
                 lambda: optuna.create_study(
-                    storage=optuna.storages.RDBStorage(url, skip_compatibility_check=False),
+                    storage=self._storage,
                     study_name=NAME,
                     directions=["minimize"] * len(OBJECTIVES),
                     sampler=optuna.samplers.RandomSampler(seed=0),
@@ -58,6 +60,30 @@ class TrialLog:
                 f"There is no study in {directory}.", "give the directory that `trimpoint search --out` named"
             )
         return cls(f"sqlite:///{path.resolve().as_posix()}")
+
+    @classmethod
+    def begin(cls, directory: Path, settings: Mapping[str, Any]) -> "TrialLog":
+        """Make the log of a new study; it lies in the directory as soon as its settings are in it, never before.
+
+        Raises:
+            StorageError: if it cannot be written; nothing of it is left.
+        """
+        fresh = directory / f".{FILE}.new"
+        try:
+            fresh.unlink(missing_ok=True)
+            log = cls(f"sqlite:///{fresh.resolve().as_posix()}")
+            log.note("settings", settings)
+            log.close()
+            fresh.replace(directory / FILE)
+        except StorageError:
+            for leftover in directory.glob(f"{fresh.name}*"):
+                leftover.unlink(missing_ok=True)
+            raise
+        return cls.in_directory(directory)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._storage.engine.dispose()
 
     def _guard(self, action: Any) -> Any:
         from sqlalchemy.exc import DatabaseError

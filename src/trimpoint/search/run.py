@@ -1,15 +1,15 @@
 """Start a search and go on with one: check what is given, record it, run it."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from trimpoint.budget import parse_duration
-from trimpoint.compress import check_finite
-from trimpoint.errors import DataError, InvalidParameterError, StudyError
+from trimpoint.errors import InvalidParameterError, StorageError, StudyError, TrimpointError
 from trimpoint.filters import EVERYTHING, Filter, parse
 from trimpoint.measure.environment import environment
 from trimpoint.methods.distill import Distill
@@ -17,11 +17,14 @@ from trimpoint.plan import Step
 from trimpoint.progress import SILENT, Progress
 from trimpoint.recover.recipe import Recovery
 from trimpoint.reference import load_reference
+from trimpoint.runtimes import get_runtime
 from trimpoint.search.delivery import certify_trial, deliver
 from trimpoint.search.engine import Engine, Settings
 from trimpoint.search.fingerprint import combined, parts
 from trimpoint.search.log import FILE, TrialLog
-from trimpoint.search.study import Study, alone, goal_from
+from trimpoint.search.preflight import preflight
+from trimpoint.search.store import NOT_WRITABLE, cannot_write
+from trimpoint.search.study import Study, alone, discard, goal_from
 from trimpoint.search.workbench import Workbench
 from trimpoint.target import Goal, Target
 from trimpoint.task import Task
@@ -92,15 +95,9 @@ def search(
         target=target or Target(), goal=goal, seconds=seconds, trials=trials, seed=seed, where=where, recovery=recovery
     )
     directory = Path(out)
-    if (directory / FILE).exists():
-        raise StudyError(
-            f"{directory} already holds a study.",
-            f"go on with it: `trimpoint resume {directory}`, or give another `out`",
-        )
-    if directory.exists() and any(directory.iterdir()):
-        raise StudyError(f"{directory} is not empty.", "give another `out`")
-    warnings = _checked(module, purpose)
-    directory.mkdir(parents=True, exist_ok=True)
+    get_runtime(settings.target.runtime).version()
+    _check_free(directory)
+    warnings = preflight(module, purpose)
     known = {
         "model": model if isinstance(model, str) else type(model).__name__,
         "task": task if isinstance(task, str) else f"{purpose.score.name} task",
@@ -119,9 +116,20 @@ def search(
         "warnings": warnings,
         "fingerprint": _fingerprint(module, purpose, settings),
     }
-    with alone(directory):
-        TrialLog.in_directory(directory, create=True).note("settings", known)
-        return _run(directory, module, purpose, settings, progress or SILENT)
+    with _writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with alone(directory):
+            _check_free(directory)
+            log = TrialLog.begin(directory, known)
+            try:
+                return _run(directory, log, module, purpose, settings, progress or SILENT)
+            except StorageError:
+                raise
+            except TrimpointError:
+                if not any(trial.state == "complete" for trial in log.trials()):
+                    log.close()
+                    discard(directory)
+                raise
 
 
 def resume(
@@ -175,12 +183,20 @@ def resume(
             f"The study in {directory} was made with another {', another '.join(differing)}.",
             "what it found stays readable (`trimpoint show`); start a new study with another `out`",
         )
-    with alone(directory):
-        return _run(directory, module, purpose, settings, progress or SILENT)
+    with _writing(directory), alone(directory):
+        if budget is not None or trials is not None:
+            total = str(budget) if budget is not None else f"{trials} trials"
+            more = {"budget": total, "seconds": settings.seconds, "trials": settings.trials}
+            log.note("settings", {**known, **more})
+        before = len(log.trials())
+        study = _run(directory, log, module, purpose, settings, progress or SILENT)
+        if progress is not None and len(log.trials()) == before:
+            progress.message("nothing was left to try within this budget; give a larger one to go on")
+        return study
 
 
-def _run(directory: Path, model: nn.Module, task: Task, settings: Settings, progress: Progress) -> Study:
-    log = TrialLog.in_directory(directory)
+def _run(directory: Path, log: TrialLog, model: nn.Module, task: Task, settings: Settings, progress: Progress) -> Study:
+    log.note("finished", False)
     key = combined(log.settings()["settings"]["fingerprint"])
     bench = Workbench(model, task, settings.target, directory, key, progress)
     engine = Engine(model=model, task=task, settings=settings, log=log, bench=bench, progress=progress)
@@ -201,6 +217,29 @@ def _run(directory: Path, model: nn.Module, task: Task, settings: Settings, prog
     return study
 
 
+def _check_free(directory: Path) -> None:
+    if (directory / FILE).exists():
+        raise StudyError(
+            f"{directory} already holds a study.",
+            f"go on with it: `trimpoint resume {directory}`, or give another `out`",
+        )
+    if directory.is_dir() and any(not path.name.startswith(".") for path in directory.iterdir()):
+        raise StudyError(f"{directory} is not empty.", "give another `out`")
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Say clearly that a directory cannot be written, wherever that shows."""
+    try:
+        yield
+    except TrimpointError:
+        raise
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        raise cannot_write(directory, error) from error
+
+
 def _objects(model: nn.Module | str, task: Task | str) -> tuple[nn.Module, Task]:
     module = load_reference(model, nn.Module, "model") if isinstance(model, str) else model
     purpose = load_reference(task, Task, "task") if isinstance(task, str) else task
@@ -209,22 +248,6 @@ def _objects(model: nn.Module | str, task: Task | str) -> tuple[nn.Module, Task]
     if not isinstance(purpose, Task):
         raise InvalidParameterError(f"The task must be a trimpoint.Task. Got {type(purpose).__name__}.")
     return module, purpose
-
-
-def _checked(model: nn.Module, task: Task) -> list[str]:
-    check_finite(model)
-    if not task.has("select"):
-        raise DataError(
-            "A search needs `select` data to compare candidates on. The task has none.", "give `Task(select=...)`"
-        )
-    warnings = task.check()
-    if not task.has("train"):
-        warnings.append(
-            "The task has no `train` data: nothing can be trained after a change, so little can be removed."
-        )
-    if not task.has("certify"):
-        warnings.append("The task has no `certify` data: the chosen artifact will have no certificate.")
-    return warnings
 
 
 def _where(scope: Filter | str | None, freeze: Filter | str | None) -> Filter:

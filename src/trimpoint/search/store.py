@@ -7,7 +7,20 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from trimpoint.errors import StorageError
+
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""What the system answers where a disk is full or must not be written."""
+
+
+def cannot_write(path: Path, error: Exception) -> StorageError:
+    """Return the error that says so and what to do."""
+    return StorageError(
+        f"{path} cannot be written: {getattr(error, 'strerror', None) or error}.",
+        "free some space, or see to the permissions, and go on with `trimpoint resume`: what was finished is kept",
+    )
 
 
 def remove_tree(path: Path) -> None:
@@ -54,13 +67,12 @@ class Store:
         try:
             write(fresh)
             fresh.replace(self.root / key)
+        except SafetensorError as error:  # Wraps what the system answers; whatever is written here is sound.
+            raise cannot_write(self.root, error) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+            if isinstance(error, StorageError) or error.errno not in (*NOT_WRITABLE, errno.EIO):
                 raise
-            raise StorageError(
-                f"{self.root} cannot be written: {error.strerror}.",
-                "free some space (or give another --out) and go on with `trimpoint resume`: what was finished is kept",
-            ) from error
+            raise cannot_write(self.root, error) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
         return self.root / key

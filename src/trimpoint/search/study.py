@@ -2,22 +2,25 @@
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimpoint.errors import InvalidParameterError, StudyError
-from trimpoint.search.delivery import deliver
+from trimpoint.search.delivery import SYNTHETIC, deliver
 from trimpoint.search.frontier import SCORE, Frontier
-from trimpoint.search.log import TrialLog
+from trimpoint.search.log import FILE, TrialLog
 from trimpoint.search.pick import choose, nearest, standing, verdict
 from trimpoint.search.record import StudyRecord
+from trimpoint.search.store import remove_tree
 from trimpoint.target import Goal, Target
 from trimpoint.values import Trial, from_data
 
+LOCK = ".lock"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Best:
     """The artifact that a study hands over.
 
@@ -28,6 +31,9 @@ class Best:
 
     directory: Path
     trial: Trial
+
+    def __repr__(self) -> str:
+        return f"Best({self.directory.as_posix()!r}, {self.trial})"
 
     def save(self, directory: str | Path) -> Path:
         """Copy the artifact to a new directory and return its path.
@@ -114,7 +120,9 @@ class Study:
         return Best(directory, record.chosen)
 
     def __repr__(self) -> str:
-        return f"Study({self.directory.as_posix()!r}: {self.record.verdict})"
+        record = self.record
+        ended = f"{len(record.trials)} trials" + ("" if record.finished else ", not finished")
+        return f"Study({self.directory.as_posix()!r}, {ended}: {record.verdict or 'nothing is measured yet'})"
 
 
 def open_study(directory: str | Path) -> Study:
@@ -158,6 +166,17 @@ def goal_from(data: Mapping[str, Any]) -> Goal:
     return Goal(minimize=tuple(data["minimize"]), limits=dict(data["limits"]), max_drop=data["max_drop"])
 
 
+def discard(directory: Path) -> None:
+    """Remove a study in which nothing was found: what it made itself, and the directory if nothing else is in it."""
+    for name in (FILE, SYNTHETIC):
+        (directory / name).unlink(missing_ok=True)
+    for name in ("store", "training"):
+        remove_tree(directory / name)
+    with suppress(OSError):  # Where a lock that is held cannot be removed, or the directory holds something else.
+        (directory / LOCK).unlink(missing_ok=True)
+        directory.rmdir()
+
+
 @contextmanager
 def alone(directory: Path) -> Iterator[None]:
     """Hold the study's lock.
@@ -167,7 +186,7 @@ def alone(directory: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(directory / ".lock")
+    lock = FileLock(directory / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -67,7 +67,7 @@ class Workbench:
         self.leaves = parameter_leaves(model)
         self.overhead_seconds = 8.0
         self._calibration: list[Any] | None = None
-        self._baseline: tuple[ArtifactFiles, Evaluation] | None = None
+        self._baseline: tuple[ArtifactFiles, Evaluation | None] | None = None
         self._teachers: MutableMapping[str, Tensor] = {}
 
     # The parts of the model
@@ -112,10 +112,12 @@ class Workbench:
     def use_baseline(self, trial: Trial) -> None:
         """Compare everything from now on with the baseline of `trial`."""
         files = files_of(self.study, trial)
-        records = np.load(files.directory / RECORDS, allow_pickle=False)
-        evaluation = Evaluation(
-            score=self.task.score, role="select", records=records, value=self.task.score.aggregate(records)
-        )
+        evaluation = None
+        if self.task.has("select"):
+            records = np.load(files.directory / RECORDS, allow_pickle=False)
+            evaluation = Evaluation(
+                score=self.task.score, role="select", records=records, value=self.task.score.aggregate(records)
+            )
         self._baseline = (files, evaluation)
 
     # Shapes, before anything is trained
@@ -168,11 +170,14 @@ class Workbench:
         return made
 
     def training_speed(self, recovery: Recovery) -> float:
-        """Return the seconds that a recovery of full length would take on the unmodified model, from a few steps."""
+        """Return the seconds that a recovery of full length would take on the unmodified model, from a few steps.
+
+        They are taken at a rate at which nothing can break down: what the real rate does shows in the trials.
+        """
         steps = steps_in_epoch(self.task)
         seconds = []
         for count in (4, SPEED_STEPS):
-            short = replace(recovery, epochs=count / steps, warmup=0.0)
+            short = replace(recovery, epochs=count / steps, warmup=0.0, lr=1e-6)
             started = time.monotonic()
             compress(self.model, Plan((Step(short),)), self.task)
             seconds.append(time.monotonic() - started)
@@ -260,7 +265,7 @@ class Workbench:
 
     # Measuring
 
-    def _reference(self) -> tuple[ArtifactFiles, Evaluation]:
+    def _reference(self) -> tuple[ArtifactFiles, Evaluation | None]:
         if self._baseline is None:
             raise StudyError("Nothing can be compared before the baseline is measured.", "run the baseline first")
         return self._baseline
@@ -276,14 +281,18 @@ class Workbench:
         static, _ = static_profile(self.task.core_of(made.module), self.inputs)
         measured = artifact_profile(files, mine, memory, middle=self.inputs.middle, where=where)
         profile = static | measured | _ratio_profile(mine, self.inputs.middle, where)
-        self.progress.update(text="scoring on `select`")
-        evaluation = evaluate(self.open(files), self.task, "select")
-        reference = self._baseline[1] if self._baseline else None
-        np.save(files.directory / RECORDS, evaluation.records)
+        found = None
+        if self.task.has("select"):
+            self.progress.update(text="scoring on `select`")
+            evaluation = evaluate(self.open(files), self.task, "select")
+            found = quality(evaluation, self._baseline[1] if self._baseline else None)
+            np.save(files.directory / RECORDS, evaluation.records)
+        else:
+            profile |= Profile(missing={f"{self.task.score.name}[select]": "the task has no `select` data"})
         return replace(
             trial,
             profile=profile,
-            quality=quality(evaluation, reference),
+            quality=found,
             changes=made.changes,
             artifact=files.directory.relative_to(self.study).as_posix(),
         )

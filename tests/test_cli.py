@@ -342,7 +342,9 @@ def test_measure_compress_and_verify_a_model_by_reference(here: Path, capsys) ->
     assert data["profile"]["metrics"]["params"]["value"] == 8 * 32 + 32 + 32 * 3 + 3
     assert data["profile"]["metrics"]["macs"]["value"] == 8 * 32 + 32 * 3
     assert len(data["operators"]) == 1
-    assert err == "measuring tp_mine:model …\n"
+    # Another test may hold the machine's lock.
+    said = [line for line in err.splitlines() if not line.startswith("waiting:")]
+    assert said == ["measuring tp_mine:model …"]
 
     built = ["compress", "tp_mine:model", "tp_mine:task", "--out", "small", "--plan", "finetune", "quantize-static"]
     assert main([*built, "--set", "finetune.epochs=1"]) == 0

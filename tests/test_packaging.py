@@ -366,7 +366,7 @@ def test_make_installs_once(tmp_path: Path) -> None:
         stamp.touch()
         later = stamp.stat().st_mtime + 10 + position
         os.utime(stamp, (later, later))
-    assert "install" not in make(tmp_path, "-n", "demo", "test").stdout
+    assert "-m pip" not in make(tmp_path, "-n", "demo", "test").stdout
     (tmp_path / "pyproject.toml").touch()
     later = (tmp_path / "pyproject.toml").stat().st_mtime + 100
     os.utime(tmp_path / "pyproject.toml", (later, later))

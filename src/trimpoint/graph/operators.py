@@ -16,10 +16,10 @@ HANDLERS: dict[str, Handler] = {}
 _LONE = "multiplied with values of a fixed size"
 _PARTNER = "can only go with others that no removable channel makes"
 
-_POINTWISE = frozenset({"hardswish", "hardsigmoid", "type_as", "copy", "where"})
+_POINTWISE = frozenset({"hardswish", "hardsigmoid", "copy", "where"})
 _PASS = """
     dropout feature_dropout alpha_dropout to _to_copy clone contiguous detach alias lift_fresh_copy lift_fresh
-    zeros_like ones_like full_like empty_like rand_like randn_like fill tril triu float half bfloat16
+    zeros_like ones_like full_like empty_like rand_like randn_like fill tril triu float half bfloat16 type_as
 """
 _STRUCTURAL = """
     view reshape _unsafe_view movedim flatten unflatten squeeze unsqueeze expand repeat tile slice select narrow
@@ -78,6 +78,8 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 def _pointwise(p: Propagation, node: Node) -> Any:
+    if shape_of(node) is None:
+        return p.unknown(node)
     inputs = [part for part in node.all_input_nodes if shape_of(part) is not None]
     return p.elementwise(node, inputs)
 

@@ -221,7 +221,11 @@ class Engine:
                 control = self._plan(Structure(steps=(), shares={}), replace(found, quantiser=None), recovery[0])
                 self._candidate(control, rung, label=CONTROL)
             ended = [self._candidate(plan, rung) for _, plan in racing.values() if not self._out_of_time()]
-            costs = {t.plan_hash: self._full_seconds(t, effort, before) for t in ended if t.state == "complete"}
+            costs = {
+                t.plan_hash: self._full_seconds(t, effort, before if t.plan_hash in costs else 0.0)
+                for t in ended
+                if t.state == "complete"
+            }
             if number + 1 < len(counts):
                 growth = self._growth(rung, cost, counts[-1])
                 places = counts[number + 1] if number else (counts[1] + 1) // 2
@@ -249,8 +253,7 @@ class Engine:
 
     def _full_seconds(self, trial: Trial, effort: float, before: float) -> float:
         """Return how long a recovery of full length takes, from how long that of a trial took."""
-        resumed = before * self._kept if trial.rung else 0.0
-        return max(trial.seconds - self.bench.overhead_seconds, 1.0) / max(effort - resumed, 1e-6)
+        return max(trial.seconds - self.bench.overhead_seconds, 1.0) / max(effort - before * self._kept, 1e-6)
 
     @property
     def _kept(self) -> float:

@@ -11,7 +11,7 @@ from trimpoint.search.pick import standing
 from trimpoint.target import Goal
 from trimpoint.values import Trial
 
-LEARNING = 0.5
+LEARNING = 0.65
 """The drop is assumed to fall with training as effort to the power of minus this; used only to decide who rises."""
 
 

@@ -214,13 +214,19 @@ class Engine:
         effort, costs = 0.0, dict[str, float]()
         for number, width in enumerate(counts):
             racing = dict(list(racing.items())[:width])
+            if not racing:
+                return
             cost = _mean_cost({key: full_seconds * _speed(s) for key, (s, _) in racing.items()}, costs)
             rung = self._rung(number, len(racing), effort, cost, last=number == len(counts) - 1)
             before, effort = effort, rung.effort
             if number == 0 and self._affords_control(full_seconds * effort):
                 control = self._plan(Structure(steps=(), shares={}), replace(found, quantiser=None), recovery[0])
                 self._candidate(control, rung, label=CONTROL)
-            ended = [self._candidate(plan, rung) for _, plan in racing.values() if not self._out_of_time()]
+            ended = [
+                self._candidate(plan, rung)
+                for key, (_, plan) in racing.items()
+                if (key, number) in self._done or not self._out_of_time()
+            ]
             costs = {
                 t.plan_hash: self._full_seconds(t, effort, before if t.plan_hash in costs else 0.0)
                 for t in ended

@@ -14,7 +14,7 @@ from trimpoint.method import Method
 from trimpoint.plan import Plan, Step
 from trimpoint.progress import Progress
 from trimpoint.runtimes.base import OperatorTime
-from trimpoint.search.space import Structure, forecast, structures
+from trimpoint.search.space import Structure, forecast, proposals, structures
 from trimpoint.values import Block, Group
 
 WORTH = 0.98
@@ -102,7 +102,7 @@ def probe(
     corrections: dict[str, float] = {}
     useful = []
     for kind in kinds:
-        variants = kind.variants(blocks, groups)
+        variants = proposals(kind, blocks, groups)
         samples = [variants[i] for i in sorted({len(variants) // 2, len(variants) - 1})] if variants else []
         found = []
         for method in samples:

@@ -68,6 +68,11 @@ def usable_methods(
     return usable, left_out
 
 
+def proposals(kind: type[Method], blocks: Sequence[Block], groups: Sequence[Group]) -> list[Method]:
+    """Return the variants of a method that would change something on a model, weakest first."""
+    return [method for method in kind.variants(blocks, groups) if method.forecast(blocks, groups)]
+
+
 def structures(
     kinds: Sequence[type[Method]],
     blocks: Sequence[Block],
@@ -84,7 +89,7 @@ def structures(
         leaves: paths of the modules that have weights, with their numbers of parameters.
         where: what may be changed.
     """
-    menus: list[list[Method | None]] = [[None, *kind.variants(blocks, groups)] for kind in kinds]
+    menus: list[list[Method | None]] = [[None, *proposals(kind, blocks, groups)] for kind in kinds]
     while np.prod([len(menu) for menu in menus]) > MOST_STRUCTURES:
         longest = max(menus, key=len)
         longest[1:] = longest[1::2]

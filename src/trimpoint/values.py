@@ -196,6 +196,7 @@ class Quality:
         high: upper end of that interval.
         drop: how much worse than the baseline, positive is worse; `None` for the baseline itself.
         drop_upper: one-sided 95 % upper bound of `drop`.
+        drop_forecast: upper bound, or a lower one, that a certificate states in four of five draws of its data.
     """
 
     name: str
@@ -207,6 +208,7 @@ class Quality:
     high: float | None = None
     drop: float | None = None
     drop_upper: float | None = None
+    drop_forecast: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,19 @@ from torch import nn
 
 from trimpoint.errors import DataError, ModelError
 from trimpoint.measure.intervals import paired_score_upper, wilson
-from trimpoint.measure.quality import discordant, drop_upper, evaluate, generalisation_gap, quality
+from trimpoint.measure.quality import (
+    discordant,
+    drop_upper,
+    evaluate,
+    forecast_upper,
+    generalisation_gap,
+    quality,
+)
 from trimpoint.runtimes.base import Session
 from trimpoint.score import Accuracy, Score, main_output
 from trimpoint.signature import Signature, TensorSpec
 from trimpoint.task import Task
+from trimpoint.values import Quality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +137,23 @@ def test_quality_of_an_unbounded_score_is_bootstrapped_in_pairs():
     assert 0 < result.drop < result.drop_upper < 2 * result.drop
     assert result.low < result.value < result.high
     assert drop_upper(first, second)[1] < 0
+
+
+@pytest.mark.parametrize(("lost", "gained", "here", "there"), [(0.02, 0.015, 6_000, 10_000), (0.05, 0.03, 1_000, 800)])
+def test_a_bound_that_is_forecast_holds_in_four_of_five_draws(lost, gained, here, there):
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(here, [lost, gained, 1 - lost - gained], size=1_500)
+    later = rng.multinomial(there, [lost, gained, 1 - lost - gained], size=1_500)
+    held = 0
+    for (minus, plus, _), (minus_later, plus_later, _) in zip(draws, later, strict=True):
+        upper = paired_score_upper(int(minus), int(plus), here)
+        found = Quality(name="a", value=0.9, n=here, split="s", drop=(minus - plus) / here, drop_upper=upper)
+        held += paired_score_upper(int(minus_later), int(plus_later), there) <= forecast_upper(found, there)
+    assert held / 1_500 == pytest.approx(0.8, abs=0.035)
+
+
+def test_nothing_is_forecast_of_a_score_without_a_reference():
+    assert forecast_upper(Quality(name="a", value=0.9, n=10, split="select"), 100) is None
 
 
 def test_the_gap_is_that_of_train_minus_select():

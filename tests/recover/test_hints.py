@@ -47,8 +47,8 @@ def test_a_removed_block_is_compared_with_what_it_handed_on():
     assert outputs["0"] is outputs["1"]
     goals = record(teacher, x, ["0", "1", "2"])
     expected = [
-        ((outputs["1"] - goals["1"]) ** 2).mean() / goals["1"].var(),
-        ((outputs["2"] - goals["2"]) ** 2).mean() / goals["2"].var(),
+        ((outputs["1"] - goals["1"]) ** 2).mean() / goals["1"].var(correction=0),
+        ((outputs["2"] - goals["2"]) ** 2).mean() / goals["2"].var(correction=0),
     ]
     torch.testing.assert_close(hint_loss(outputs, goals), sum(expected) / 2)
 
@@ -58,7 +58,7 @@ def test_places_of_another_shape_or_that_are_gone_are_passed_over():
     assert hint_loss({"a": torch.randn(4, 2)}, goals) is None
     mine = torch.randn(4, 5)
     assert hint_loss({"a": torch.randn(4, 2), "b": mine, "c": torch.randn(1)}, goals) == pytest.approx(
-        float(((mine - goals["b"]) ** 2).mean() / goals["b"].var())
+        float(((mine - goals["b"]) ** 2).mean() / goals["b"].var(correction=0))
     )
 
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from trimpoint.errors import DataError, InvalidParameterError
+from trimpoint.methods.distill import Distill
 from trimpoint.methods.finetune import Finetune
 from trimpoint.recover.recipe import check_batches, prefers_adamw, steps_in_epoch
 from trimpoint.task import Task
@@ -31,6 +32,7 @@ def test_optimizer_by_model(model, adamw):
     assert settings.optimizer == ("adamw" if adamw else "sgd")
     rate = 1e-3 if isinstance(model, nn.Linear) else 1e-4
     assert (settings.lr, settings.weight_decay) == ((rate, 0.01) if adamw else (0.05, 5e-4))
+    assert Distill().settings(model, make_task()).lr == (rate if adamw else 0.1)
 
 
 def test_given_values_go_before_defaults():

@@ -23,6 +23,14 @@ def test_the_upper_bound_of_the_drop_decides():
     assert "drop of accuracy" in held.limit
 
 
+def test_a_drop_that_a_certificate_would_hardly_prove_is_not_feasible():
+    goal = Goal(max_drop=0.01)
+    assert standing(trial(2, drop=0.002, upper=0.008, forecast=0.0099), BASELINE, goal).feasible
+    held = standing(trial(2, drop=0.002, upper=0.008, forecast=0.0101), BASELINE, goal)
+    assert not held.feasible
+    assert "a certificate could well say 0.0101" in held.limit
+
+
 def test_limits_apply_to_the_worse_end_of_the_interval():
     goal = Goal(limits={"latency_ms": 1.01}, max_drop=0.1)
     assert not standing(trial(2, latency=1.0, drop=0.0, upper=0.0), BASELINE, goal).feasible

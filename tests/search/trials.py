@@ -12,6 +12,7 @@ def trial(
     ratio=None,
     drop=None,
     upper=None,
+    forecast=None,
     role="candidate",
     state="complete",
     rung=0,
@@ -24,7 +25,16 @@ def trial(
     }
     if ratio is not None:
         metrics["latency_ratio"] = Measurement(value=ratio, unit="1", better="higher")
-    quality = Quality(name="accuracy", value=score, n=1000, split="select", better=better, drop=drop, drop_upper=upper)
+    quality = Quality(
+        name="accuracy",
+        value=score,
+        n=1000,
+        split="select",
+        better=better,
+        drop=drop,
+        drop_upper=upper,
+        drop_forecast=forecast,
+    )
     return Trial(
         number=number,
         plan={"seed": 0, "steps": []},

@@ -1,8 +1,10 @@
 """Quality: one evaluation for modules and sessions, with a record per sample, so that everything later is paired."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -129,6 +131,27 @@ def drop_upper(evaluation: Evaluation, baseline: Evaluation, *, level: float = 0
         return paired_bootstrap_upper(evaluation.score, baseline.records, evaluation.records, level=level)
     lost, gained = discordant(evaluation, baseline)
     return (lost - gained) / evaluation.n, paired_score_upper(lost, gained, evaluation.n, level)
+
+
+def forecast_upper(quality: Quality, n: int, *, level: float = 0.95, power: float = 0.8) -> float | None:
+    """Return the upper bound of the drop that fresh samples will prove with a chance of `power`; or a lower one.
+
+    The drop that is estimated here differs from the one estimated there by the noise of both (a prediction interval,
+    normal approximation); the bound adds `level` of the noise there. It is what keeps a candidate that is just good
+    enough on `select` from being certified and found unproven.
+
+    Args:
+        quality: paired with the reference's, its bound at `level`.
+        n: number of fresh samples.
+        level: of the one-sided bound.
+        power: chance that the bound comes out at most so high.
+    """
+    if quality.drop is None or quality.drop_upper is None:
+        return None
+    bound, room = NormalDist().inv_cdf(level), NormalDist().inv_cdf(power)
+    here = (quality.drop_upper - quality.drop) / bound
+    there = here * math.sqrt(quality.n / n)
+    return quality.drop + bound * there + room * math.hypot(here, there)
 
 
 def discordant(evaluation: Evaluation, baseline: Evaluation) -> tuple[int, int]:

@@ -31,7 +31,7 @@ class Distill(Recovery):
         et al., "FitNets: hints for thin deep nets" (2015), for hints.
     """
 
-    temperature: float = param(4.0, doc="by which logits are divided before the softmax", bounds=Bounds(gt=0))
+    temperature: float = param(2.0, doc="by which logits are divided before the softmax", bounds=Bounds(gt=0))
     alpha: float = param(0.9, doc="weight of the teacher; the task's own loss has the rest", bounds=Bounds(ge=0, le=1))
     views: int = param(
         8, doc="differently augmented epochs that are cycled through; 0 never repeats one", bounds=Bounds(ge=0)
@@ -43,12 +43,13 @@ class Distill(Recovery):
     )
 
     hints: float = param(
-        3.0,
+        30.0,
         doc="weight of the distance from what the original hands on between its blocks; 0 leaves it out, and lets the "
         "teacher's answers be kept",
         bounds=Bounds(ge=0),
     )
 
+    sgd_lr: ClassVar[float] = 0.1
     traits: ClassVar[Traits] = Traits(stage=Stage.RECOVER, acts_on="model", needs=frozenset({"train"}))
 
     def apply(self, ctx: Context) -> None:

@@ -135,10 +135,9 @@ class Teacher:
             return self.memory[key]
         parameter = next(self.model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        with torch.inference_mode():
+        with torch.no_grad():
             moved = prepare(inputs, device, self._channels_last)
             output, _ = observe(self.model, self.core, lambda model: call(model, moved))
-        output = output.clone()  # an inference tensor could not take part in a loss
         if self.memory is not None and self._bytes + output.nbytes <= MEMORY_LIMIT:
             self.memory[key] = output
             self._bytes += output.nbytes
@@ -174,8 +173,7 @@ class DistillationLoss:
             output, taught, targets, temperature=self.settings.temperature, match=self.settings.match
         )
         loss = far if own is None else self.alpha * far + (1 - self.alpha) * own
-        # An inference tensor could not take part in a loss, a copy of it can.
-        inner = hint_loss(mine, {path: tensor.clone() for path, tensor in theirs.items()})
+        inner = hint_loss(mine, theirs)
         return loss if inner is None else loss + self.settings.hints * inner
 
     def _forward(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:

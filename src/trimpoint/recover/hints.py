@@ -46,9 +46,9 @@ def recording(model: nn.Module, paths: Sequence[str]) -> Iterator[Recorded]:
 def hint_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor | None:
     """Return how far the student's inner outputs are from the teacher's, relative to the teacher's variance.
 
-    Mean, over places, of the mean squared error divided by the variance of the teacher's output. Where the student
-    hands one tensor on through several places, because what stood between them was removed, the last place counts.
-    Places whose shapes differ are passed over.
+    Mean, over places, of the mean squared error divided by the (population) variance of the teacher's output. Where
+    the student hands one tensor on through several places, because what stood between them was removed, the last place
+    counts. Places whose shapes differ are passed over.
 
     Args:
         student: path → output, in the order of execution.
@@ -62,8 +62,10 @@ def hint_loss(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> T
         layers matched to the last of the layers that they stand for.
     """
     last = {id(tensor): path for path, tensor in student.items()}
+    # Norms, since they are vectorised and parallel in any memory layout: `mse_loss` and `var` take twice as long here.
+    norm = torch.linalg.vector_norm
     parts = [
-        torch.nn.functional.mse_loss(student[path].float(), goal) / goal.var().clamp_min(1e-12)
+        (norm(student[path].float() - goal) / norm(goal - goal.mean()).clamp_min(1e-12)).square()
         for path in last.values()
         if path in teacher and (goal := teacher[path].float()).shape == student[path].shape
     ]

@@ -1,7 +1,7 @@
 """How long and how recovery trains: the hyper-parameters that all recovery methods share."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -18,6 +18,8 @@ _ATTENTION = (nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention, nn.Embedding)
 class Recovery(Method):
     """A method that trains: its length and its optimizer."""
 
+    sgd_lr: ClassVar[float] = 0.05
+
     epochs: float = param(
         2.0, doc="passes over the training data at full effort", bounds=Bounds(ge=0), noop=0.0, search=(0.5, 1, 2, 4)
     )
@@ -28,7 +30,8 @@ class Recovery(Method):
     )
     lr: float | None = param(
         None,
-        doc="learning rate while it is constant; by default 0.05 for sgd, for adamw 1e-4 with attention, else 1e-3",
+        doc="learning rate while it is constant; by default 0.05 for sgd (0.1 to distil), for adamw 1e-4 with "
+        "attention, else 1e-3",
         bounds=Bounds(gt=0),
     )
     weight_decay: float | None = param(
@@ -39,7 +42,7 @@ class Recovery(Method):
     cooldown: float = param(
         0.4, doc="share of the run in the final linear decrease of the learning rate", bounds=Bounds(ge=0, le=1)
     )
-    clip: float = param(0.0, doc="largest norm of the gradient; 0 does not clip", bounds=Bounds(ge=0))
+    clip: float = param(1.0, doc="largest norm of the gradient; 0 does not clip", bounds=Bounds(ge=0))
     precision: str = param(
         "float32", doc="of the forward pass; parameters stay float32", choices=("float32", "bfloat16")
     )
@@ -57,7 +60,7 @@ class Recovery(Method):
         optimizer: Literal["sgd", "adamw"] = "sgd"
         if self.optimizer == "adamw" or (self.optimizer == "auto" and prefers_adamw(model)):
             optimizer = "adamw"
-        lr = 0.05 if optimizer == "sgd" else 1e-4 if _has(model, _ATTENTION) else 1e-3
+        lr = self.sgd_lr if optimizer == "sgd" else 1e-4 if _has(model, _ATTENTION) else 1e-3
         return Settings(
             steps=max(1, round(self.epochs * effort * steps)) if self.epochs else 0,
             lr=lr if self.lr is None else self.lr,

@@ -36,8 +36,10 @@ CLOSING_SHARE = 0.06
 PRECISIONS = ("float32", "bfloat16")
 NEWCOMERS_DROP = 0.8
 """Share of the allowed drop that a structure which was not in the first rung is expected to keep to."""
-RUNG_SHARES = (0.2, 0.35, 1.0)
+RUNG_SHARES = (0.2, 0.25, 1.0)
 """Share of what is left of the training time that each rung may use."""
+FIXED_COST = 0.35
+"""Share of a training step's time that a faster structure does not save: the teacher, the data, the optimizer."""
 CONTAINED = (TrimpointError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 """What a trial may raise without ending the search; it becomes a recorded failure."""
 
@@ -54,6 +56,7 @@ class Settings:
         seed: of everything random.
         where: what may be changed.
         recovery: the step that brings quality back; `None` where the task cannot train.
+        control: how the original is trained further, to see if training alone helps; `None` leaves it out.
     """
 
     target: Target
@@ -63,6 +66,7 @@ class Settings:
     seed: int = 0
     where: Filter = EVERYTHING
     recovery: Recovery | None = None
+    control: Recovery | None = None
 
 
 @dataclass
@@ -216,12 +220,11 @@ class Engine:
             racing = dict(list(racing.items())[:width])
             if not racing:
                 return
-            cost = _mean_cost({key: full_seconds * _speed(s) for key, (s, _) in racing.items()}, costs)
+            cost = _mean_cost({key: full_seconds * _training_cost(s) for key, (s, _) in racing.items()}, costs)
             rung = self._rung(number, len(racing), effort, cost, last=number == len(counts) - 1)
             before, effort = effort, rung.effort
             if number == 0 and self._affords_control(full_seconds * effort):
-                control = self._plan(Structure(steps=(), shares={}), replace(found, quantiser=None), recovery[0])
-                self._candidate(control, rung, label=CONTROL)
+                self._control(rung, recovery[0])
             ended = [
                 self._candidate(plan, rung)
                 for key, (_, plan) in racing.items()
@@ -309,9 +312,14 @@ class Engine:
         best = min(PRECISIONS, key=lambda p: speeds[p] * (1.0 if p == recovery.precision else 1.1))
         return replace(recovery, precision=best), speeds[best]
 
+    def _control(self, rung: Rung, recovery: Recovery | None) -> None:
+        if recovery is not None and self.settings.control is not None:
+            control = replace(self.settings.control, precision=recovery.precision)
+            self._candidate(Plan((Step(control),), self.settings.seed), rung, label=CONTROL)
+
     def _affords_control(self, seconds: float) -> bool:
         """Return whether the original may be trained as long as the candidates, to see if training alone helps."""
-        if self.settings.recovery is None:
+        if self.settings.control is None:
             return False
         return bool(self._decide("control", lambda: self.left is not None and seconds < 0.1 * self.left))
 
@@ -358,8 +366,9 @@ class Engine:
         )
 
 
-def _speed(structure: Structure) -> float:
-    return structure.gains.get("latency_ms", 1.0)
+def _training_cost(structure: Structure) -> float:
+    """Return the forecast time of a training step, over that of the unmodified model's."""
+    return FIXED_COST + (1 - FIXED_COST) * structure.gains.get("latency_ms", 1.0)
 
 
 def _mean_cost(forecasts: Mapping[str, float], measured: Mapping[str, float]) -> float:

@@ -61,12 +61,17 @@ def standing(trial: Trial, baseline: Trial, goal: Goal) -> Standing:
             excesses[f"{metric} ≥ {limit:.4g} (it is {worst:.4g})"] = limit / max(worst, 1e-12) - 1
     if trial.quality is not None and trial.role != "baseline":
         allowed = goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
-        upper = trial.quality.drop_upper
-        if upper is None:
+        quality = trial.quality
+        said = {
+            "its upper bound is": quality.drop_upper,
+            "a certificate could well say": quality.drop_forecast,
+        }
+        if quality.drop_upper is None:
             excesses["the drop is not known"] = float("inf")
-        else:
-            text = f"drop of {trial.quality.name} ≤ {allowed:.4g} (its upper bound is {upper:.4g})"
-            excesses[text] = (upper - allowed) / max(allowed, 1e-6)
+        for words, upper in said.items():
+            if upper is not None:
+                text = f"drop of {quality.name} ≤ {allowed:.4g} ({words} {upper:.4g})"
+                excesses[text] = (upper - allowed) / max(allowed, 1e-6)
     worst_name = max(excesses, key=lambda name: excesses[name], default="")
     excess = max(0.0, excesses[worst_name]) if worst_name else 0.0
     return Standing(merit=merit, excess=excess, limit=worst_name if excess > 0 else "")

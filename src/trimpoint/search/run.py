@@ -13,6 +13,7 @@ from trimpoint.errors import InvalidParameterError, StorageError, StudyError, Tr
 from trimpoint.filters import EVERYTHING, Filter, parse
 from trimpoint.measure.environment import environment
 from trimpoint.methods.distill import Distill
+from trimpoint.methods.finetune import Finetune
 from trimpoint.plan import Step
 from trimpoint.progress import SILENT, Progress
 from trimpoint.recover.recipe import Recovery
@@ -92,7 +93,14 @@ def search(
     if recovery is None and purpose.has("train"):
         recovery = Distill(epochs=FULL_EPOCHS)
     settings = Settings(
-        target=target or Target(), goal=goal, seconds=seconds, trials=trials, seed=seed, where=where, recovery=recovery
+        target=target or Target(),
+        goal=goal,
+        seconds=seconds,
+        trials=trials,
+        seed=seed,
+        where=where,
+        recovery=recovery,
+        control=_control(recovery, purpose),
     )
     directory = Path(out)
     get_runtime(settings.target.runtime).version()
@@ -172,7 +180,8 @@ def resume(
         trials=trials if trials is not None else known["trials"],
         seed=known["seed"],
         where=parse(known["where"]),
-        recovery=_recovery(known["recovery"]),
+        recovery=(recovery := _recovery(known["recovery"])),
+        control=_control(recovery, purpose),
     )
     found = _fingerprint(module, purpose, settings)
     differing = [
@@ -272,6 +281,11 @@ def _recovery(data: Mapping[str, Any] | None) -> Recovery | None:
     if method is not None and not isinstance(method, Recovery):
         raise StudyError(f"The recovery of the study must be one that trains. Got {method.name!r}.")
     return method
+
+
+def _control(recovery: Recovery | None, task: Task) -> Recovery | None:
+    """Return plain training of the length of `recovery`; `None` where the task cannot train."""
+    return Finetune(epochs=recovery.epochs) if recovery is not None and task.has("loss") else None
 
 
 def _command() -> str:

@@ -94,7 +94,8 @@ def promote(trials: Sequence[Trial], baseline: Trial, goal: Goal, width: int, gr
 
     def outlook(trial: Trial) -> float:
         drop = trial.quality.drop if trial.quality and trial.quality.drop is not None else float("inf")
-        upper = trial.quality.drop_upper if trial.quality and trial.quality.drop_upper is not None else drop
+        bounds = (trial.quality.drop_upper, trial.quality.drop_forecast) if trial.quality else ()
+        upper = max((bound for bound in bounds if bound is not None), default=drop)
         left = max(growth, 1.0) ** -LEARNING
         return float(max(drop, 0.0) * left + (upper - drop) * left**0.5)
 

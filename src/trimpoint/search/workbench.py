@@ -21,7 +21,7 @@ from trimpoint.measure.latency import LatencyResult, measure_latency
 from trimpoint.measure.memory import measure_memory
 from trimpoint.measure.process import ArtifactFiles
 from trimpoint.measure.profile import artifact_profile, static_profile
-from trimpoint.measure.quality import Evaluation, evaluate, quality
+from trimpoint.measure.quality import Evaluation, evaluate, forecast_upper, quality
 from trimpoint.method import Stage
 from trimpoint.plan import Plan, Step
 from trimpoint.progress import SILENT, Progress
@@ -286,6 +286,8 @@ class Workbench:
             self.progress.update(text="scoring on `select`")
             evaluation = evaluate(self.open(files), self.task, "select")
             found = quality(evaluation, self._baseline[1] if self._baseline else None)
+            if self.task.has("certify"):
+                found = replace(found, drop_forecast=forecast_upper(found, len(self.task.data("certify"))))
             np.save(files.directory / RECORDS, evaluation.records)
         else:
             profile |= Profile(missing={f"{self.task.score.name}[select]": "the task has no `select` data"})

@@ -1,8 +1,8 @@
 """Train the demo's checkpoint: ResNet-20 on Fashion-MNIST, until more training no longer helps.
 
 Trains in cosine cycles on the demo's `train` role and, after each cycle, compares accuracy on `select`. It stops when
-a cycle brings less than `--enough` points. The 10,000 official test images are scored once, at the end. State is kept
-after each epoch, so a killed run goes on where it was.
+a cycle brings less than `--enough` points. The 10,000 official test images are scored once, at the end. The best
+weights and a record are kept after each cycle: a killed run goes on with the cycle that it was in.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("src/trimpoint/demo/resnet20-fashion-mnist.safetensors"))
     parser.add_argument("--epochs", type=int, default=24, help="of one cycle")
     parser.add_argument("--enough", type=float, default=0.1, help="points on select that a cycle must bring")
-    parser.add_argument("--most", type=int, default=4, help="cycles at most")
+    parser.add_argument("--most", type=int, default=8, help="cycles at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

@@ -43,6 +43,13 @@ def test_limits_as_ratios_are_of_the_baseline():
     assert not standing(trial(2, size=1001.0, drop=0.0, upper=0.0), BASELINE, goal).feasible
 
 
+def test_a_relative_limit_on_latency_is_judged_by_the_interleaved_ratio():
+    disturbed = trial(2, latency=9.0, ratio=2.5, drop=0.0, upper=0.0)
+    assert standing(disturbed, BASELINE, Goal(limits={"latency_ms": "0.5x"})).feasible
+    assert not standing(disturbed, BASELINE, Goal(limits={"latency_ms": "0.39x"})).feasible
+    assert not standing(disturbed, BASELINE, Goal(limits={"latency_ms": 2.0})).feasible
+
+
 def test_choose_takes_the_best_feasible():
     bold = trial(2, latency=0.5, size=300.0, ratio=8.0, drop=0.02, upper=0.03)
     good = trial(3, latency=1.0, size=500.0, ratio=4.0, drop=0.004, upper=0.009)

@@ -14,6 +14,7 @@ from trimpoint.search.space import (
     MOST_STRUCTURES,
     Structure,
     forecast,
+    keeping,
     ladder,
     parameter_leaves,
     proposals,
@@ -151,3 +152,12 @@ def test_variants_that_would_change_nothing_are_not_proposed():
     assert next(method.ratio for method in PruneChannels.variants(BLOCKS, GROUPS)) == 0.25
     assert [method.ratio for method in proposals(PruneChannels, BLOCKS, GROUPS)] == [0.5, 0.75]
     assert proposals(PruneChannels, BLOCKS, ()) == []
+
+
+def test_structures_that_are_forecast_to_break_a_limit_are_not_tried():
+    start = {"latency_ms": 0.5, "file_bytes": 0.25}
+    candidates = [Structure(steps=(), shares={}), *(changed(0.3, merit) for merit in (0.9, 0.6, 0.3))]
+    kept = keeping(candidates, start, {"file_bytes": 0.15, "peak_rss_bytes": 0.1})
+    assert [s.merit for s in kept if s.steps] == pytest.approx([0.6, 0.3])
+    assert keeping(candidates, start, {"latency_ms": 0.1}) == candidates
+    assert keeping(candidates, start, {}) == candidates

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 
+from tests.search.trials import trial
 from trimpoint.methods.drop_blocks import DropBlocks
 from trimpoint.plan import Step
 from trimpoint.search.space import Structure
-from trimpoint.search.surrogate import expected_drops, newcomers
+from trimpoint.search.surrogate import expected_drops, newcomer
 
 LEAVES = {"small.0": 100, "small.1": 100, "small.2": 100, "large.0": 10_000, "large.1": 10_000}
 
@@ -45,17 +46,37 @@ def test_removing_more_is_expected_to_cost_more():
         assert further > fewer
 
 
-def test_newcomers_are_untried_within_the_limit_and_best_first():
-    candidates = [
-        Structure(steps=(), shares={}),
-        SEEN[0][0],
-        without("small.2", merit=0.9),
-        without("small.1", "small.2", merit=0.6),
-        without("large.0", "large.1", merit=0.2),
-    ]
-    found = newcomers(SEEN, candidates, LEAVES, allowed=0.01, shrink=0.5, count=5)
-    assert [s.steps for s in found] == [candidates[3].steps, candidates[2].steps]
+def trials(seen, effort=0.1, room=0.002):
+    return [(s, trial(i, drop=drop, upper=drop + room), effort) for i, (s, drop) in enumerate(seen, 2)]
+
+
+CANDIDATES = [
+    Structure(steps=(), shares={}),
+    SEEN[0][0],
+    without("small.2", merit=0.9),
+    without("small.1", "small.2", merit=0.6),
+    without("large.0", "large.1", merit=0.2),
+]
+
+
+def test_a_newcomer_is_untried_within_the_limit_and_the_best():
+    found = newcomer(trials(SEEN), CANDIDATES, LEAVES, allowed=0.02, final=0.1)
+    assert found is CANDIDATES[3]
+    found = newcomer(
+        [*trials(SEEN), (found, trial(9, drop=0.016, upper=0.018), 0.1)], CANDIDATES, LEAVES, allowed=0.02, final=0.1
+    )
+    assert found is CANDIDATES[2]
+
+
+def test_training_to_come_and_the_room_of_a_bound_count():
+    assert newcomer(trials(SEEN), CANDIDATES, LEAVES, allowed=0.02, final=10_000.0) is CANDIDATES[4]
+    assert newcomer(trials(SEEN, room=0.02), CANDIDATES, LEAVES, allowed=0.02, final=0.1) is None
+
+
+def test_of_a_structure_tried_twice_the_last_trial_counts():
+    again = [(s, trial(20 + i, drop=10 * drop, upper=10 * drop), 0.1) for i, (s, drop) in enumerate(SEEN)]
+    assert newcomer(trials(SEEN) + again, CANDIDATES, LEAVES, allowed=0.02, final=0.1) is None
 
 
 def test_one_observation_teaches_nothing():
-    assert newcomers(SEEN[:1], [without("small.2")], LEAVES, allowed=1.0, shrink=1.0, count=3) == []
+    assert newcomer(trials(SEEN[:1]), [without("small.2")], LEAVES, allowed=1.0, final=0.1) is None

@@ -146,13 +146,13 @@ def run_search(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Search the demo's network."""
+    """Search the demo's network: as fast as can be, in a sixth of the bytes, at the price of at most one point."""
     from trimpoint.target import Goal, Target
 
     args.model, args.task = "trimpoint.demo:model", "trimpoint.demo:task"
     target, goal = Target(), Goal()
     args.runtime, args.threads, args.batch = target.runtime, target.threads, target.batch
-    args.minimize, args.limit, args.max_drop = goal.minimize, [], goal.max_drop
+    args.minimize, args.limit, args.max_drop = goal.minimize, [("file_bytes", "0.1666x")], goal.max_drop
     return run_search(args)
 
 

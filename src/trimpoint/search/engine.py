@@ -21,9 +21,9 @@ from trimpoint.recover.recipe import Recovery
 from trimpoint.search.log import TrialLog
 from trimpoint.search.pick import choose, ratio, standing
 from trimpoint.search.probe import Probe, probe
-from trimpoint.search.rungs import LEARNING, Rung, effort_for, promote, widths
-from trimpoint.search.space import Structure, ladder, usable_methods
-from trimpoint.search.surrogate import newcomers
+from trimpoint.search.rungs import Rung, effort_for, promote, widths
+from trimpoint.search.space import Structure, keeping, ladder, usable_methods
+from trimpoint.search.surrogate import newcomer
 from trimpoint.search.workbench import Workbench
 from trimpoint.target import Goal, Target
 from trimpoint.task import Task
@@ -34,8 +34,6 @@ CONTROL = "control: "
 CLOSING_SHARE = 0.06
 """Share of the budget that is kept for choosing, certifying and writing the artifact."""
 PRECISIONS = ("float32", "bfloat16")
-NEWCOMERS_DROP = 0.8
-"""Share of the allowed drop that a structure which was not in the first rung is expected to keep to."""
 RUNG_SHARES = (0.2, 0.25, 1.0)
 """Share of what is left of the training time that each rung may use."""
 FIXED_COST = 0.35
@@ -102,7 +100,7 @@ class Engine:
         baseline = self._baseline()
         self._one_line_int8()
         self.progress.phase("probe")
-        found = self._probe()
+        found = self._probe(baseline)
         self.progress.phase("search")
         self._halve(baseline, found)
 
@@ -184,13 +182,15 @@ class Engine:
 
     # What to try
 
-    def _probe(self) -> Probe:
+    def _probe(self, baseline: Trial) -> Probe:
         settings = self.settings
         kinds, left_out = usable_methods(self.task, (Stage.STRUCTURE, Stage.FACTORIZE))
         quantisers, more = usable_methods(self.task, (Stage.QUANTIZE,))
         found = probe(self.bench, kinds, quantisers, where=settings.where, decide=self._decide, progress=self.progress)
         self.log.note("space", {**left_out, **more, **found.left_out})
-        return found
+        base = baseline.profile
+        limits = {m: settings.goal.limit(m, base[m].value) / base[m].value for m in settings.goal.limits if m in base}
+        return replace(found, structures=keeping(found.structures, found.start, limits))
 
     def _plan(self, structure: Structure, found: Probe, recovery: Recovery | None) -> Plan:
         steps = list(structure.steps)
@@ -209,27 +209,37 @@ class Engine:
         # A budget that was raised later is a decision of its own.
         key = f"widths/{self.settings.seconds}/{self.settings.trials}"
         counts = self._decide(key, lambda: list(widths(self.left, self._trials_left())))
+        allowed = self.settings.goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
         chosen = ladder(found.structures, counts[0]) if counts else []
         racing = {
             plan.hash: (structure, plan) for structure in chosen if (plan := self._plan(structure, found, recovery[0]))
         }
         if not racing:
             return
-        effort, costs = 0.0, dict[str, float]()
+        effort, growth, costs = 0.0, 1.0, dict[str, float]()
+        tried: list[tuple[Structure, Trial, float]] = []
         for number, width in enumerate(counts):
             racing = dict(list(racing.items())[:width])
             if not racing:
                 return
             cost = _mean_cost({key: full_seconds * _training_cost(s) for key, (s, _) in racing.items()}, costs)
-            rung = self._rung(number, len(racing), effort, cost, last=number == len(counts) - 1)
-            before, effort = effort, rung.effort
+            rung = self._rung(
+                number, width if number == 1 else len(racing), effort, cost, last=number + 1 == len(counts)
+            )
+            before, effort, final = effort, rung.effort, growth * effort
             if number == 0 and self._affords_control(full_seconds * effort):
                 self._control(rung, recovery[0])
-            ended = [
-                self._candidate(plan, rung)
-                for key, (_, plan) in racing.items()
-                if (key, number) in self._done or not self._out_of_time()
-            ]
+            waiting, ended = list(racing), list[Trial]()
+            while waiting:
+                structure, plan = racing[waiting.pop(0)]
+                if (plan.hash, number) in self._done or not self._out_of_time():
+                    ended.append(self._candidate(plan, rung))
+                    tried.append((structure, ended[-1], effort))
+                    if number == 1 and not waiting and len(ended) < width:
+                        fresh = newcomer(tried, found.structures, self.bench.leaves, allowed=allowed, final=final)
+                        if fresh is not None and (plan := self._plan(fresh, found, recovery[0])):
+                            racing[plan.hash] = (fresh, plan)
+                            waiting.append(plan.hash)
             costs = {
                 t.plan_hash: self._full_seconds(t, effort, before if t.plan_hash in costs else 0.0)
                 for t in ended
@@ -239,26 +249,8 @@ class Engine:
                 growth = self._growth(rung, cost, counts[-1])
                 places = counts[number + 1] if number else (counts[1] + 1) // 2
                 rising = promote(ended, baseline, self.settings.goal, places, growth)
-                seen = [(racing[t.plan_hash][0], t.quality.drop or 0.0) for t in ended if t.quality]
                 racing = {trial.plan_hash: racing[trial.plan_hash] for trial in rising}
-                if number == 0:
-                    fresh = self._newcomers(seen, found, baseline, growth, counts[1] - len(rising))
-                    racing |= {plan.hash: (s, plan) for s in fresh if (plan := self._plan(s, found, recovery[0]))}
         self._vary_last_step(list(racing.values()), found, recovery[0], rung)
-
-    def _newcomers(
-        self, seen: Sequence[tuple[Structure, float]], found: Probe, baseline: Trial, growth: float, count: int
-    ) -> list[Structure]:
-        """Return structures that were not in the first rung, and that it gives reason to try."""
-        allowed = self.settings.goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
-        return newcomers(
-            seen,
-            found.structures,
-            self.bench.leaves,
-            allowed=NEWCOMERS_DROP * allowed,
-            shrink=growth**-LEARNING,
-            count=count,
-        )
 
     def _full_seconds(self, trial: Trial, effort: float, before: float) -> float:
         """Return how long a recovery of full length takes, from how long that of a trial took."""

@@ -17,11 +17,13 @@ class Standing:
         merit: geometric mean, over the metrics to minimise, of the ratio to the baseline: below 1 is better.
         excess: by how much the worst limit is exceeded, relative; 0 within all limits.
         limit: the limit that is exceeded most, in words; empty when feasible.
+        keeps_limits: whether all limits hold, whatever the drop is.
     """
 
     merit: float
     excess: float
     limit: str = ""
+    keeps_limits: bool = True
 
     @property
     def feasible(self) -> bool:
@@ -55,10 +57,14 @@ def standing(trial: Trial, baseline: Trial, goal: Goal) -> Standing:
             excesses[f"{metric} could not be measured"] = float("inf")
         elif METRICS[metric] == "lower":
             worst = measured.value if measured.high is None else measured.high
+            if metric == "latency_ms" and isinstance(goal.limits[metric], str) and "latency_ratio" in trial.profile:
+                relative = trial.profile["latency_ratio"]  # Interleaved, while the two times are of different moments.
+                worst = baseline.profile[metric].value / (relative.low or relative.value)
             excesses[f"{metric} ≤ {limit:.4g} (it is {worst:.4g})"] = worst / limit - 1
         else:
             worst = measured.value if measured.low is None else measured.low
             excesses[f"{metric} ≥ {limit:.4g} (it is {worst:.4g})"] = limit / max(worst, 1e-12) - 1
+    keeps_limits = all(excess <= 0 for excess in excesses.values())
     if trial.quality is not None and trial.role != "baseline":
         allowed = goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
         quality = trial.quality
@@ -74,7 +80,7 @@ def standing(trial: Trial, baseline: Trial, goal: Goal) -> Standing:
                 excesses[text] = (upper - allowed) / max(allowed, 1e-6)
     worst_name = max(excesses, key=lambda name: excesses[name], default="")
     excess = max(0.0, excesses[worst_name]) if worst_name else 0.0
-    return Standing(merit=merit, excess=excess, limit=worst_name if excess > 0 else "")
+    return Standing(merit=merit, excess=excess, limit=worst_name if excess > 0 else "", keeps_limits=keeps_limits)
 
 
 def choose(trials: Sequence[Trial], baseline: Trial, goal: Goal) -> Trial | None:

@@ -49,12 +49,14 @@ class Probe:
         structures: everything that may be tried, with corrected forecasts.
         quantiser: the quantise step that pays on this target, if one does.
         left_out: method → why the search does without it.
+        start: metric → ratio to the baseline of the unmodified model under `quantiser`; the forecasts multiply it.
         rows: what was measured: `what`, `latency_ms` and `file_bytes` over the baseline's, and the forecasts.
     """
 
     structures: list[Structure]
     quantiser: Method | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
+    start: Mapping[str, float] = field(default_factory=dict)
     rows: Sequence[Mapping[str, Any]] = ()
 
 
@@ -121,7 +123,7 @@ def probe(
             useful.append(kind)
     every = structures(useful, blocks, groups, bench.leaves, where)
     with_gains = [_with_gains(s, operators, bench.leaves, corrections, blocks, groups) for s in every]
-    return Probe(structures=with_gains, quantiser=quantiser, left_out=left_out, rows=rows)
+    return Probe(structures=with_gains, quantiser=quantiser, left_out=left_out, start=reference, rows=rows)
 
 
 def _merit(ratios: Mapping[str, float]) -> float:

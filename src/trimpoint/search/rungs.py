@@ -11,8 +11,8 @@ from trimpoint.search.pick import standing
 from trimpoint.target import Goal
 from trimpoint.values import Trial
 
-LEARNING = 0.65
-"""The drop is assumed to fall with training as effort to the power of minus this; used only to decide who rises."""
+LEARNING = 0.3
+"""The drop is assumed to fall with training as effort to the power of minus this; used only to decide what to try."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +75,29 @@ def effort_for(
     return float(min(1.0, max(before * kept + gain, before * 1.25, least)))
 
 
+def outlook(trial: Trial, growth: float) -> float:
+    """Return the bound of the drop to expect of a trial after more training.
+
+    The drop falls with the training, and the room that its bound needs with the root of the drop.
+
+    Args:
+        trial: that ended.
+        growth: effort to come over the effort so far.
+    """
+    quality = trial.quality
+    if quality is None or quality.drop is None:
+        return float("inf")
+    bound = max((b for b in (quality.drop_upper, quality.drop_forecast) if b is not None), default=quality.drop)
+    left = max(growth, 1.0) ** -LEARNING
+    return float(max(quality.drop, 0.0) * left + (bound - quality.drop) * left**0.5)
+
+
 def promote(trials: Sequence[Trial], baseline: Trial, goal: Goal, width: int, growth: float) -> list[Trial]:
     """Return the trials that rise to the next rung, best first.
 
-    A candidate counts as promising when the drop that it is expected to end with would be allowed; the promising are
-    ranked by merit, the others by their drop. A place is kept for the mildest candidate that is already feasible, so
-    that a bold choice never costs the safe one.
+    A candidate counts as promising when it keeps the limits, and the drop that it is expected to end with would be
+    allowed; the promising are ranked by merit, the others by their drop. A place is kept for the mildest candidate that
+    is already feasible, so that a bold choice never costs the safe one.
 
     Args:
         trials: of the rung that just ended.
@@ -92,18 +109,18 @@ def promote(trials: Sequence[Trial], baseline: Trial, goal: Goal, width: int, gr
     done = [t for t in trials if t.state == "complete" and t.quality is not None and t.quality.drop is not None]
     allowed = goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
 
-    def outlook(trial: Trial) -> float:
-        drop = trial.quality.drop if trial.quality and trial.quality.drop is not None else float("inf")
-        bounds = (trial.quality.drop_upper, trial.quality.drop_forecast) if trial.quality else ()
-        upper = max((bound for bound in bounds if bound is not None), default=drop)
-        left = max(growth, 1.0) ** -LEARNING
-        return float(max(drop, 0.0) * left + (upper - drop) * left**0.5)
+    standings = {t.number: standing(t, baseline, goal) for t in done}
 
-    promising = sorted((t for t in done if outlook(t) <= allowed), key=lambda t: standing(t, baseline, goal).merit)
-    others = sorted((t for t in done if outlook(t) > allowed), key=outlook)
+    def promises(trial: Trial) -> bool:
+        return standings[trial.number].keeps_limits and outlook(trial, growth) <= allowed
+
+    promising = sorted(filter(promises, done), key=lambda t: standings[t.number].merit)
+    others = sorted(
+        (t for t in done if not promises(t)), key=lambda t: (not standings[t.number].keeps_limits, outlook(t, growth))
+    )
     ranked = promising + others
     rising = ranked[:width]
-    safe = next((t for t in promising if standing(t, baseline, goal).feasible), None)
+    safe = next((t for t in promising if standings[t.number].feasible), None)
     if safe is not None and width > 1 and safe not in rising:
         rising[-1] = safe
     return rising

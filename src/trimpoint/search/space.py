@@ -15,6 +15,8 @@ from trimpoint.task import Task
 from trimpoint.values import Block, Group
 
 MOST_STRUCTURES = 4_000
+LIMIT_SLACK = 1.03
+"""By what factor a forecast may exceed a limit: it is not exact, and what is measured decides."""
 DAMAGE = (0.3, 0.55)
 """Range of damage that the first candidates are spread over."""
 
@@ -141,6 +143,28 @@ def forecast(
         "latency_ms": after / before if before else 1.0,
         "file_bytes": left / params if params else 1.0,
     }
+
+
+def keeping(
+    candidates: Sequence[Structure], start: Mapping[str, float], limits: Mapping[str, float]
+) -> list[Structure]:
+    """Return the structures that are forecast to keep the limits; all of them where none is.
+
+    Args:
+        candidates: structures with forecasts.
+        start: metric → ratio to the baseline of what the forecasts multiply: the unmodified model, quantised.
+        limits: metric → the largest ratio to the baseline.
+    """
+    kept = [
+        structure
+        for structure in candidates
+        if all(
+            structure.gains.get(metric, 1.0) * start.get(metric, 1.0) <= most * LIMIT_SLACK
+            for metric, most in limits.items()
+            if metric in structure.gains
+        )
+    ]
+    return kept if any(structure.steps for structure in kept) else list(candidates)
 
 
 def ladder(candidates: Sequence[Structure], count: int) -> list[Structure]:

@@ -1,11 +1,13 @@
-"""What the first rung teaches about structures that were not tried: a small model of the drop, refitted each time."""
+"""What trials teach about structures that were not tried: a small model of the drop, refitted after each of them."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trimpoint.search.rungs import LEARNING, outlook
 from trimpoint.search.space import Structure, share_of
+from trimpoint.values import Trial
 
 RIDGE = 0.1
 """How strongly differences between kinds of layers are held back, relative to the spread of what was seen."""
@@ -53,29 +55,35 @@ def _features(structure: Structure, leaves: Mapping[str, int], kinds: Sequence[i
     return [removed[kind] / scale for kind in kinds]
 
 
-def newcomers(
-    seen: Sequence[tuple[Structure, float]],
+def newcomer(
+    tried: Sequence[tuple[Structure, Trial, float]],
     candidates: Sequence[Structure],
     leaves: Mapping[str, int],
     *,
     allowed: float,
-    shrink: float,
-    count: int,
-) -> list[Structure]:
-    """Return untried structures of the best merit among those whose drop is expected to end up allowed.
+    final: float,
+) -> Structure | None:
+    """Return the untried structure of the best merit among those whose drop is expected to end up allowed, if any is.
 
     Args:
-        seen: structures of the first rung and their drops.
+        tried: structures, their trials and the effort of each; of a structure tried twice, the last one counts.
         candidates: all structures.
         leaves: module path → number of parameters.
-        allowed: drop.
-        shrink: share of the drop that is expected to remain after all training.
-        count: how many.
+        allowed: largest bound of the drop.
+        final: effort of the last rung.
     """
-    tried = {structure.steps for structure, _ in seen}
-    fresh = [structure for structure in candidates if structure.steps and structure.steps not in tried]
-    if len(seen) < 2 or not fresh:
-        return []
-    drops = expected_drops(seen, fresh, leaves) * shrink
-    fitting = [s for s, drop in zip(fresh, drops, strict=True) if drop <= allowed]
-    return sorted(fitting, key=lambda structure: structure.merit)[:count]
+    drops, rooms = {}, []
+    for structure, trial, effort in tried:
+        if trial.quality is not None and trial.quality.drop is not None:
+            growth = max(final / effort, 1.0)
+            expected = max(trial.quality.drop, 0.0) * growth**-LEARNING
+            drops[structure.steps] = (structure, expected)
+            rooms.append(outlook(trial, growth) - expected)
+    known = {structure.steps for structure, _, _ in tried}
+    fresh = [structure for structure in candidates if structure.steps and structure.steps not in known]
+    if len(drops) < 2 or not fresh:
+        return None
+    expected_of = zip(fresh, expected_drops(list(drops.values()), fresh, leaves), strict=True)
+    room = float(np.mean(rooms))
+    fitting = [structure for structure, drop in expected_of if drop + room <= allowed]
+    return min(fitting, key=lambda structure: structure.merit, default=None)

@@ -70,12 +70,13 @@ def test_a_newcomer_is_untried_within_the_limit_and_the_best():
 
 def test_training_to_come_and_the_room_of_a_bound_count():
     assert newcomer(trials(SEEN), CANDIDATES, LEAVES, allowed=0.02, final=10_000.0) is CANDIDATES[4]
-    assert newcomer(trials(SEEN, room=0.02), CANDIDATES, LEAVES, allowed=0.02, final=0.1) is None
+    assert newcomer(trials(SEEN, room=0.02), CANDIDATES, LEAVES, allowed=0.02, final=0.1) is CANDIDATES[2]
 
 
 def test_of_a_structure_tried_twice_the_last_trial_counts():
     again = [(s, trial(20 + i, drop=10 * drop, upper=10 * drop), 0.1) for i, (s, drop) in enumerate(SEEN)]
-    assert newcomer(trials(SEEN) + again, CANDIDATES, LEAVES, allowed=0.02, final=0.1) is None
+    assert newcomer(trials(SEEN), CANDIDATES, LEAVES, allowed=0.03, final=0.1) is CANDIDATES[3]
+    assert newcomer(trials(SEEN) + again, CANDIDATES, LEAVES, allowed=0.03, final=0.1) is CANDIDATES[2]
 
 
 def test_one_observation_teaches_nothing():

@@ -210,7 +210,7 @@ class Engine:
         key = f"widths/{self.settings.seconds}/{self.settings.trials}"
         counts = self._decide(key, lambda: list(widths(self.left, self._trials_left())))
         allowed = self.settings.goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
-        chosen = ladder(found.structures, counts[0]) if counts else []
+        chosen = ladder(found.structures, self.bench.leaves, counts[0]) if counts else []
         racing = {
             plan.hash: (structure, plan) for structure in chosen if (plan := self._plan(structure, found, recovery[0]))
         }

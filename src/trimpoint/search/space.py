@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from trimpoint.filters import EVERYTHING, Filter
@@ -17,6 +18,8 @@ from trimpoint.values import Block, Group
 MOST_STRUCTURES = 4_000
 LIMIT_SLACK = 1.03
 """By what factor a forecast may exceed a limit: it is not exact, and what is measured decides."""
+BAND = 1.15
+"""How much worse than the best at its damage a structure's merit may be, to be among the first candidates."""
 DAMAGE = (0.3, 0.55)
 """Range of damage that the first candidates are spread over."""
 
@@ -167,27 +170,51 @@ def keeping(
     return kept if any(structure.steps for structure in kept) else list(candidates)
 
 
-def ladder(candidates: Sequence[Structure], count: int) -> list[Structure]:
-    """Return `count` structures along the forecast frontier of merit against damage, mildest first.
+def work_by_kind(structure: Structure, leaves: Mapping[str, int]) -> NDArray[np.float64]:
+    """Return the share of the work that a structure removes from each kind of layer, weighted as in its damage.
+
+    Layers with equally many parameters are of one kind; the sum over kinds is `Structure.damage`.
+
+    Args:
+        structure: what is left of which module.
+        leaves: module path → number of parameters.
+
+    Returns:
+        `[kinds]`, fewest parameters first.
+    """
+    removed = dict.fromkeys(sorted(set(leaves.values())), 0.0)
+    for path, count in leaves.items():
+        removed[count] += count**0.25 * (1 - share_of(path, structure.shares))
+    total = sum(count**0.25 for count in leaves.values())
+    return np.array([work / total for work in removed.values()])
+
+
+def ladder(candidates: Sequence[Structure], leaves: Mapping[str, int], count: int) -> list[Structure]:
+    """Return `count` structures of rising damage, with a good forecast and as different from each other as can be.
 
     They are evenly spaced in damage between the two ends of `DAMAGE`: milder ones gain little over quantisation alone,
-    and of harsher ones little recovers.
+    and of harsher ones little recovers. At each damage the one is taken, among those whose merit is within `BAND` of
+    the best there, that differs most from those before it in the kinds of layers that it removes: which kind costs most
+    quality is not known yet, and structures that all remove the same kind would not show it.
 
     Args:
         candidates: structures with forecasts; the unmodified one is left out.
+        leaves: module path → number of parameters.
         count: how many at most.
     """
     changed = sorted((s for s in candidates if s.steps and s.damage > 0), key=lambda s: (s.damage, s.merit))
-    front: list[Structure] = []
-    for structure in changed:
-        if not front or structure.merit < front[-1].merit - 1e-6:
-            front.append(structure)
-    if len(front) <= count:
-        return front
-    damages = np.array([structure.damage for structure in front])
+    if len(changed) <= count:
+        return changed
+    kinds = [work_by_kind(structure, leaves) for structure in changed]
+    damages, merits = np.array([s.damage for s in changed]), np.array([s.merit for s in changed])
     wanted = np.linspace(*DAMAGE, count) if count > 1 else [sum(DAMAGE) / 2]
+    reach = (DAMAGE[1] - DAMAGE[0]) / (2 * max(count - 1, 1))
     picked: list[int] = []
     for goal in wanted:
-        free = [i for i in range(len(front)) if i not in picked]
-        picked.append(min(free, key=lambda i: abs(damages[i] - goal)))
-    return [front[i] for i in sorted(picked)]
+        free = np.array([i for i in range(len(changed)) if i not in picked])
+        away = np.abs(damages[free] - goal)
+        near = free[away <= max(reach, away.min())]
+        band = [int(i) for i in near if merits[i] <= BAND * merits[near].min()]
+        apart = {i: min((float(np.abs(kinds[i] - kinds[j]).sum()) for j in picked), default=0.0) for i in band}
+        picked.append(max(band, key=lambda i: (round(apart[i], 6), -merits[i])))
+    return [changed[i] for i in sorted(picked)]

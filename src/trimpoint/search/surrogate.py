@@ -6,11 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimpoint.search.rungs import LEARNING, outlook
-from trimpoint.search.space import Structure, share_of
+from trimpoint.search.space import Structure, work_by_kind
 from trimpoint.values import Trial
 
 RIDGE = 0.1
 """How strongly differences between kinds of layers are held back, relative to the spread of what was seen."""
+MILDEST = 1.25
+"""Structures count as the mildest whose drop is expected to be within this factor of the smallest."""
 FLOOR = 0.001
 """A smaller drop than this counts as this much: its logarithm would be noise."""
 
@@ -32,8 +34,7 @@ def expected_drops(
     Returns:
         `[candidates]`, in the unit of the drops.
     """
-    kinds = sorted(set(leaves.values()))
-    x = np.array([_features(structure, leaves, kinds) for structure, _ in seen])
+    x = np.array([work_by_kind(structure, leaves) for structure, _ in seen])
     y = np.log([max(drop, FLOOR) for _, drop in seen])
     total = x.sum(1)
     centred, spread = total - total.mean(), float(total.var() * len(total))
@@ -41,18 +42,9 @@ def expected_drops(
     fitted = y.mean() + slope * centred
     deviation = x - x.mean(0)
     ridge = RIDGE * float(np.mean(np.sum(deviation**2, 1)))
-    residual = np.linalg.solve(deviation.T @ deviation + ridge * np.eye(len(kinds)), deviation.T @ (y - fitted))
-    rows = np.array([_features(structure, leaves, kinds) for structure in candidates]).reshape(-1, len(kinds))
+    residual = np.linalg.solve(deviation.T @ deviation + ridge * np.eye(x.shape[1]), deviation.T @ (y - fitted))
+    rows = np.array([work_by_kind(structure, leaves) for structure in candidates])
     return np.exp(y.mean() + slope * (rows.sum(1) - total.mean()) + (rows - x.mean(0)) @ residual)  # type: ignore[no-any-return]
-
-
-def _features(structure: Structure, leaves: Mapping[str, int], kinds: Sequence[int]) -> list[float]:
-    """Return, for each kind of layer, the work removed, weighted as in `Structure.damage`."""
-    removed = dict.fromkeys(kinds, 0.0)
-    for path, count in leaves.items():
-        removed[count] += count**0.25 * (1 - share_of(path, structure.shares))
-    scale = sum(count**0.25 for count in leaves.values())
-    return [removed[kind] / scale for kind in kinds]
 
 
 def newcomer(
@@ -63,7 +55,9 @@ def newcomer(
     allowed: float,
     final: float,
 ) -> Structure | None:
-    """Return the untried structure of the best merit among those whose drop is expected to end up allowed, if any is.
+    """Return the untried structure of the best merit among those whose drop is expected to end up allowed.
+
+    Where none is, it is the best of the mildest: then either what was seen misleads, or the goal is out of reach.
 
     Args:
         tried: structures, their trials and the effort of each; of a structure tried twice, the last one counts.
@@ -83,7 +77,6 @@ def newcomer(
     fresh = [structure for structure in candidates if structure.steps and structure.steps not in known]
     if len(drops) < 2 or not fresh:
         return None
-    expected_of = zip(fresh, expected_drops(list(drops.values()), fresh, leaves), strict=True)
-    room = float(np.mean(rooms))
-    fitting = [structure for structure, drop in expected_of if drop + room <= allowed]
-    return min(fitting, key=lambda structure: structure.merit, default=None)
+    expected = expected_drops(list(drops.values()), fresh, leaves)
+    most = max(allowed - float(np.mean(rooms)), MILDEST * float(expected.min()))
+    return min((s for s, drop in zip(fresh, expected, strict=True) if drop <= most), key=lambda s: s.merit)

@@ -122,22 +122,41 @@ def squared_errors(n, changed, seed=0):
     return before[:, None], after[:, None]
 
 
-def test_resampled_bound_is_the_bootstrap_where_enough_has_changed():
+def test_resampled_bound_allows_for_the_worst_by_the_effective_number_of_changes():
+    score = MeanSquaredError()
     before, after = squared_errors(400, 60)
-    assert resampled_upper(MeanSquaredError(), before, after, resamples=300) == paired_bootstrap_upper(
-        MeanSquaredError(), before, after, resamples=300
-    )
+    drop, upper = resampled_upper(score, before, after, resamples=300)[:2]
+    plain = paired_bootstrap_upper(score, before, after, resamples=300)
+    changes = (after - before)[:, 0]
+    centred = changes - changes.mean()
+    effective = (centred**2).sum() ** 2 / (centred**4).sum()
+    assert 6 < effective < 60
+    assert drop == plain[0]
+    assert upper - plain[1] == pytest.approx(-math.log(0.05) * 6 / effective * centred.max() / 401, rel=1e-6)
+    after[0] = 1_000.0  # one change carries the drop: it counts in full
+    upper = resampled_upper(score, before, after, resamples=300)[1]
+    plain = paired_bootstrap_upper(score, before, after, resamples=300)
+    assert upper - plain[1] == pytest.approx(-math.log(0.05) * 1_000 / 400, rel=0.02)
+
+
+def test_resampled_bound_of_many_normal_changes_is_the_bootstrap():
+    rng = np.random.default_rng(3)
+    before = 10 + rng.random((5_000, 1))
+    after = before + rng.normal(size=(5_000, 1))
+    drop, upper = resampled_upper(MeanSquaredError(), before, after, resamples=300)[:2]
+    plain = paired_bootstrap_upper(MeanSquaredError(), before, after, resamples=300)[1]
+    assert plain - drop < upper - drop < 1.02 * (plain - drop)
 
 
 def test_resampled_bound_allows_for_what_was_not_seen():
     score = MeanSquaredError()
     before, after = squared_errors(400, 20)
-    drop, upper = resampled_upper(score, before, after, resamples=300)
+    drop, upper = resampled_upper(score, before, after, resamples=300)[:2]
     plain = paired_bootstrap_upper(score, before, after, resamples=300)
     worst = (after - before).max() / 400
     assert drop == plain[0]
     assert upper == pytest.approx(plain[1] + -math.log(0.05) * worst, rel=0.05)
-    drop, upper = resampled_upper(score, before, before.copy(), resamples=300)
+    drop, upper = resampled_upper(score, before, before.copy(), resamples=300)[:2]
     assert drop == 0
     assert upper == pytest.approx(-math.log(0.05) * np.ptp(before) / 400, rel=0.2)
 
@@ -148,9 +167,9 @@ def test_resampled_bound_of_a_score_that_points_upwards():
     before = np.stack([labels, labels], axis=1).astype(float)
     after = before.copy()
     after[:5, 0] = 1 - after[:5, 0]
-    drop, upper = resampled_upper(F1(), before, after, resamples=300)
+    drop, upper = resampled_upper(F1(), before, after, resamples=300)[:2]
     assert 0 < drop < upper
-    better, bound = resampled_upper(F1(), after, before, resamples=300)
+    better, bound = resampled_upper(F1(), after, before, resamples=300)[:2]
     assert better == -drop
     assert better < bound < upper
 

@@ -144,7 +144,8 @@ def test_samples_needed_of_a_bootstrap_do_suffice(ledger):
     found = certify(before, after, MeanSquaredError(), margin, data_hash="data", ledger=ledger, artifact_digest="a")
     assert found.status == "unproven"
     difference = (after - before)[:, 0]
-    assert found.needed == pytest.approx((2.486 * difference.std() / 0.03) ** 2, rel=0.2)
+    needed = (2.486 * difference.std() / 0.03) ** 2
+    assert needed < found.needed < 1.5 * needed
     times = math.ceil(found.needed / 300)
     more = certify(
         np.tile(before, (times, 1)),

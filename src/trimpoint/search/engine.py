@@ -31,7 +31,7 @@ from trimpoint.values import Trial
 
 ONE_LINE = "one-line-int8"
 CONTROL = "control: "
-CLOSING_SHARE = 0.06
+CLOSING_SHARE = 0.04
 """Share of the budget that is kept for choosing, certifying and writing the artifact."""
 PRECISIONS = ("float32", "bfloat16")
 RUNG_SHARES = (0.2, 0.25, 1.0)

@@ -1,4 +1,4 @@
-"""Which trial is handed over: feasible first, then the best product of what was to be minimised. Pure functions."""
+"""Which trial is handed over: feasible, then likely to be certified, then the best of what was to be minimised."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,28 +67,33 @@ def standing(trial: Trial, baseline: Trial, goal: Goal) -> Standing:
     keeps_limits = all(excess <= 0 for excess in excesses.values())
     if trial.quality is not None and trial.role != "baseline":
         allowed = goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
-        quality = trial.quality
-        said = {
-            "its upper bound is": quality.drop_upper,
-            "a certificate could well say": quality.drop_forecast,
-        }
-        if quality.drop_upper is None:
+        upper = trial.quality.drop_upper
+        if upper is None:
             excesses["the drop is not known"] = float("inf")
-        for words, upper in said.items():
-            if upper is not None:
-                text = f"drop of {quality.name} ≤ {allowed:.4g} ({words} {upper:.4g})"
-                excesses[text] = (upper - allowed) / max(allowed, 1e-6)
+        else:
+            text = f"drop of {trial.quality.name} ≤ {allowed:.4g} (its upper bound is {upper:.4g})"
+            excesses[text] = (upper - allowed) / max(allowed, 1e-6)
     worst_name = max(excesses, key=lambda name: excesses[name], default="")
     excess = max(0.0, excesses[worst_name]) if worst_name else 0.0
     return Standing(merit=merit, excess=excess, limit=worst_name if excess > 0 else "", keeps_limits=keeps_limits)
 
 
 def choose(trials: Sequence[Trial], baseline: Trial, goal: Goal) -> Trial | None:
-    """Return the feasible, complete trial of the best merit; between equals the first metric, then the score."""
+    """Return the feasible, complete trial of the best merit; between equals the first metric, then the score.
+
+    Trials whose certificate is likely to pass go before the others; among the others, the likeliest is taken.
+    """
     fitting = [t for t in trials if t.state == "complete" and standing(t, baseline, goal).feasible]
+    allowed = goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
+
+    def doubt(trial: Trial) -> float:
+        forecast = trial.quality.drop_forecast if trial.quality else None
+        return max(0.0, forecast - allowed) if forecast is not None else 0.0
+
     return min(
         fitting,
         key=lambda t: (
+            doubt(t),
             round(standing(t, baseline, goal).merit, 4),
             ratio(t, baseline, goal.minimize[0]),
             t.quality.drop or 0.0 if t.quality else 0.0,

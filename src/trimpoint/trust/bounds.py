@@ -20,7 +20,8 @@ _GRID = 48
 _ENOUGH = 50  # changed samples from which the bootstrap stands alone
 _FEW = 10  # changed samples below which the worst of them is not yet known
 _LOOKED_AT = 256
-_PARTS = 2_000  # in which the samples are put before the score is made linear
+_TAIL = 6  # effective changes below which the worst of them counts in full
+_PARTS = 2_000  # in which the samples are put to measure their influence
 _CHUNK = 2_000_000  # weights held at once
 
 
@@ -124,15 +125,18 @@ def resampled_upper(
     level: float = 0.95,
     resamples: int = 2_000,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Return the drop of any score and its one-sided upper bound: a paired bootstrap that allows for what was not seen.
+) -> tuple[float, float, float]:
+    """Return the drop of any score, its one-sided upper bound by a paired bootstrap, and the bound's allowance.
 
-    The bootstrap (BCa) knows only the changes that occur in the sample, and is too sure of itself where they are skew
-    or few. So it is raised. Where 50 records or more differ, by as much as a studentised bootstrap (bootstrap-t) of the
-    same drop, made linear, exceeds its BCa bound; where a few large changes carry the drop, the studentised bound stays
-    closer to its level. Where fewer differ, by as many further changes as may have gone unseen, −ln(1 − level) of them,
-    3.0 at 95 % (the rule of three). Each counts like the worst change that was seen; with fewer than 10 seen, at least
-    like a sample that goes from the best record of the reference to its worst.
+    The bootstrap (BCa) knows only the changes that occur in the sample, and is too sure of itself where they are few or
+    skew. So the bound is raised by as many further changes as may have gone unseen, −ln(1 − level) of them, 3.0 at 95 %
+    (the rule of three), each like the worst change that was seen.
+
+    - Where fewer than 50 records differ they count in full; with fewer than 10, each at least like a sample that goes
+      from the best record of the reference to its worst.
+    - Where more differ they count by 6 / e, at most in full. e is the effective number of changes: (Σc²)² / Σc⁴ of the
+      influences c of the samples on the drop. It is k if k samples change alike, a third of n for normal changes, and
+      small where a few carry the drop, that is, where a worse one may well be missing. The 6 was found by simulation.
 
     Args:
         score: aggregates records.
@@ -142,83 +146,56 @@ def resampled_upper(
         resamples: how many.
         seed: of the resampling.
 
+    Returns:
+        The drop, its upper bound, and the part of the bound that is the allowance: it falls at least as 1 / n.
+
     Raises:
         DataError: if the records are not paired or there are none.
         InvalidParameterError: if `level` is not in (0.5, 1).
 
     References:
-        Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), section 12.5, and Hall, "Theoretical comparison
-        of bootstrap confidence intervals", Annals of Statistics 16 (1988), for the studentised bootstrap.
         Hanley and Lippman-Hand, "If nothing goes wrong, is everything all right?", JAMA 249 (1983), for the rule of
-        three.
+        three. Kish, "Survey Sampling" (1965), for the effective number.
     """
     from trimpoint.measure.intervals import paired_bootstrap_upper
 
     _check_level(level)
     drop, upper = paired_bootstrap_upper(score, reference, artifact, level=level, resamples=resamples, seed=seed)
     changed = np.flatnonzero((reference != artifact).any(axis=1))
+    share, n = 1.0, len(reference)
     if len(changed) >= _ENOUGH:
-        return drop, upper + _skewness_excess(score, reference, artifact, level, resamples, seed)
-    worst = 0.0
-    if len(changed):
-        worst = float(np.nanmax(_influence(score, artifact, changed, -1) + _influence(score, reference, changed, 1)))
-    if len(changed) < _FEW:
-        some = np.unique(np.linspace(0, len(reference) - 1, _LOOKED_AT).astype(int))
-        influence = _influence(score, reference, some, 1)
-        worst = max(worst, float(np.nanmax(influence) - np.nanmin(influence)))
-    return drop, max(upper, drop) - math.log(1 - level) * max(worst, 0.0)
+        changes = _influence_on_drop(score, reference, artifact, np.random.default_rng(seed).permutation(n) % _PARTS)
+        squares = np.square(changes - changes.mean())
+        worst = float(changes.max())
+        share = min(1.0, _TAIL * float(np.square(squares).sum()) / max(float(squares.sum()) ** 2, 1e-300))
+    else:
+        parts = np.full(n, -1)
+        parts[changed] = np.arange(len(changed))
+        worst = float(np.nanmax(_influence_on_drop(score, reference, artifact, parts), initial=0.0))
+        if len(changed) < _FEW:
+            some = np.unique(np.linspace(0, n - 1, _LOOKED_AT).astype(int))
+            parts = np.full(n, -1)
+            parts[some] = np.arange(len(some))
+            influence = _influence(score, reference, parts)
+            worst = max(worst, float(np.nanmax(influence) - np.nanmin(influence)))
+        upper = max(upper, drop)
+    unseen = -share * math.log(1 - level) * max(worst, 0.0)
+    return drop, upper + unseen, unseen
 
 
-def _skewness_excess(
-    score: "Score", reference: "Records", artifact: "Records", level: float, resamples: int, seed: int
-) -> float:
-    """Return by how much the studentised bootstrap bound of the drop, made linear, exceeds its BCa bound, or 0."""
-    from trimpoint.measure.intervals import paired_bootstrap_upper
-    from trimpoint.score import MeanAbsoluteError
-
-    rng = np.random.default_rng(seed)
-    changes = _linear_changes(score, reference, artifact, rng)
-    spread = float(changes.std())
-    if spread == 0:
-        return 0.0
-    standard, rows = changes / spread, max(1, _CHUNK // len(changes))
-    draws = []
-    for start in range(0, resamples, rows):
-        drawn = standard[rng.integers(0, len(standard), (min(rows, resamples - start), len(standard)))]
-        draws.append(drawn.mean(axis=1) / np.maximum(drawn.std(axis=1), 1e-6))
-    studentised = -spread * float(np.quantile(np.concatenate(draws), 1 - level))
-    mean, records = MeanAbsoluteError(), changes[:, None]
-    plain = paired_bootstrap_upper(mean, np.zeros_like(records), records, level=level, resamples=resamples, seed=seed)
-    return max(studentised - plain[1], 0.0)
+def _influence_on_drop(score: "Score", reference: "Records", artifact: "Records", parts: Ints) -> Floats:
+    change = _influence(score, reference, parts) - _influence(score, artifact, parts)
+    return change if score.better == "higher" else -change
 
 
-def _linear_changes(score: "Score", reference: "Records", artifact: "Records", rng: np.random.Generator) -> Floats:
-    """Return the share of each part of the samples in the drop, about 0, such that their mean varies as the drop does.
-
-    A part is one sample, or a random group of them where there are more than 2,000: the mean has the same variance and
-    skewness either way. The share is that of the part's influence, measured by letting it occur once more.
-    """
-    n = len(reference)
-    parts = min(n, _PARTS)
-    belongs = rng.permutation(n) % parts
-    sizes = np.bincount(belongs, minlength=parts)
-    changes, rows = np.empty(parts), max(1, _CHUNK // n)
-    for start in range(0, parts, rows):
-        names = np.arange(start, min(start + rows, parts))
-        weights = 1.0 + (belongs == names[:, None])
-        moved = score.aggregate_many(reference, weights) - score.aggregate_many(artifact, weights)
-        changes[names] = (n + sizes[names]) * (moved - (score.aggregate(reference) - score.aggregate(artifact)))
-    changes *= (1 if score.better == "higher" else -1) * parts / n
-    linear: Floats = changes - changes.mean()
-    return linear
-
-
-def _influence(score: "Score", records: "Records", indices: NDArray[np.intp], sign: int) -> Floats:
-    """Return by how much the score improves (times `sign`) when each of these samples occurs once more."""
-    weights = np.ones((len(indices), len(records)))
-    weights[np.arange(len(indices)), indices] += 1
-    change = score.aggregate_many(records, weights) - score.aggregate(records)
-    return sign * change if score.better == "higher" else -sign * change
+def _influence(score: "Score", records: "Records", parts: Ints) -> Floats:
+    """Return by how much the score grows when each part of the samples occurs once more; those of part −1 never do."""
+    count = int(parts.max()) + 1
+    change, rows = np.empty(count), max(1, _CHUNK // len(records))
+    for start in range(0, count, rows):
+        names = np.arange(start, min(start + rows, count))
+        change[names] = score.aggregate_many(records, 1.0 + (parts == names[:, None]))
+    return change - score.aggregate(records)
 
 
 def label_free_upper(changed: int, n: int, level: float = 0.95) -> float:

@@ -41,7 +41,7 @@ def certify(
     """Compare an artifact with its reference, sample by sample, on data that took no part in making it.
 
     The artifact passes if the one-sided upper bound of its drop is within the margin. For proportions the bound is the
-    exact one for paired samples, for other scores a paired bootstrap with an allowance for rare changes.
+    exact one for paired samples, for other scores a paired bootstrap with an allowance for unseen changes.
 
     The error `1 - level` is divided by the number of looks at this data that the ledger knows of, every finalist that
     was declared included (Bonferroni): the chance that any of them, judged at this level, passes although its drop is
@@ -198,11 +198,13 @@ def _compare_resampled(
     reference: "Records", artifact: "Records", score: "Score", margin: float, level: float
 ) -> _Comparison:
     resamples = min(20_000, max(2_000, math.ceil(100 / (1 - level))))
-    drop, upper = resampled_upper(score, reference, artifact, level=level, resamples=resamples)
+    drop, upper, unseen = resampled_upper(score, reference, artifact, level=level, resamples=resamples)
     z, power = NormalDist().inv_cdf(level), NormalDist().inv_cdf(_POWER)
     needed = None
     if drop < margin:
-        needed = math.ceil(len(reference) * ((z + power) / z * max(upper - drop, 0.0) / (margin - drop)) ** 2)
+        # With r times the samples the bound of the mean falls as 1/√r and the allowance as 1/r, or faster.
+        noise, room = (z + power) / z * max(upper - unseen - drop, 0.0), margin - drop
+        needed = math.ceil(len(reference) * ((noise + math.sqrt(noise**2 + 4 * unseen * room)) / (2 * room)) ** 2)
     return _Comparison(drop, upper, needed, f"paired bootstrap, {resamples:,} resamples")
 
 

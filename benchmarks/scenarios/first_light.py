@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from trimpoint.demo import GOAL
 from trimpoint.search import open_study, resume, search
 from trimpoint.search.frontier import SCORE, Frontier
 from trimpoint.search.log import FILE
 from trimpoint.search.pick import ratio, speed
-from trimpoint.target import Goal, Target
+from trimpoint.target import Target
 from trimpoint.values import Trial
 
 QUESTION = "How small and fast does ten minutes of search make a ResNet-20 on Fashion-MNIST, at one point of accuracy?"
@@ -26,7 +27,7 @@ def run(resume_dir: Path) -> dict[str, Any]:
             "trimpoint.demo:model",
             "trimpoint.demo:task",
             target=Target(),
-            goal=Goal(max_drop=0.01),
+            goal=GOAL,
             budget=BUDGET,
             out=out,
         )

@@ -146,13 +146,14 @@ def run_search(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    """Search the demo's network: as fast as can be, in a sixth of the bytes, at the price of at most one point."""
-    from trimpoint.target import Goal, Target
+    """Search the demo's network."""
+    from trimpoint.demo import GOAL
+    from trimpoint.target import Target
 
     args.model, args.task = "trimpoint.demo:model", "trimpoint.demo:task"
-    target, goal = Target(), Goal()
+    target = Target()
     args.runtime, args.threads, args.batch = target.runtime, target.threads, target.batch
-    args.minimize, args.limit, args.max_drop = goal.minimize, [("file_bytes", "0.1666x")], goal.max_drop
+    args.minimize, args.limit, args.max_drop = GOAL.minimize, list(GOAL.limits.items()), GOAL.max_drop
     return run_search(args)
 
 

@@ -1,14 +1,17 @@
-"""The demo's network and its data: `trimpoint.demo:model` and `trimpoint.demo:task`."""
+"""The demo's network, its data and what is asked of it: `trimpoint.demo:model`, `trimpoint.demo:task` and `GOAL`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trimpoint.errors import ModelError
+from trimpoint.target import Goal
 
 if TYPE_CHECKING:
     from trimpoint.demo.resnet import ResNet
     from trimpoint.task import Task
 
+GOAL = Goal(max_drop=0.01, limits={"file_bytes": "0.1666x"})
+"""As fast as can be, in a sixth of the bytes, at the price of at most one point of accuracy."""
 CHECKPOINT = Path(__file__).with_name("resnet20-fashion-mnist.safetensors")
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from tests.end_to_end import tiny
@@ -30,3 +32,32 @@ def test_a_task_without_select_data_is_measured_without_quality(tmp_path):
     assert made.profile["file_bytes"].value < baseline.profile["file_bytes"].value
     assert again == made
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
+
+
+@pytest.mark.parametrize(
+    ("baselines", "timings", "noted"), [([1.0], 1, False), ([1.3, 1.05], 2, False), ([1.4, 1.2, 1.3], 3, True)]
+)
+def test_a_candidate_is_timed_again_while_the_machine_is_busy(tmp_path, monkeypatch, baselines, timings, noted):
+    from trimpoint.search import workbench
+
+    task, plan = tiny.task().with_(select=None), Plan((Step(QuantizeStatic()),))
+    bench = Workbench(tiny.untrained(), task, Target(), tmp_path, "test")
+    with tiny.replayed():
+        baseline = bench.baseline(blank(0, Plan(), "baseline"))
+        bench.use_baseline(baseline)
+        replayed, quiet, calls = workbench.measure_latency, baseline.profile["latency_ms"].value, []
+
+        def busy(*args, **options):
+            factor = baselines[len(calls)]
+            calls.append(factor)
+            timed = replayed(*args, **options)
+            return {
+                name: {shape: replace(r, median_ms=quiet * factor, ratio=1 / factor) for shape, r in shapes.items()}
+                for name, shapes in timed.items()
+            }
+
+        monkeypatch.setattr(workbench, "measure_latency", busy)
+        made = bench.candidate(blank(1, plan, "candidate"), plan, 1.0)
+    assert len(calls) == timings
+    assert made.profile["latency_ratio"].value == pytest.approx(1 / min(baselines))
+    assert any("busy machine" in note for note in made.profile.notes) is noted

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
@@ -42,6 +43,10 @@ from trimpoint.values import Block, Group, Measurement, Profile, Trial, from_dat
 CALIBRATION_SAMPLES = 512
 RECORDS = "records.npy"
 SPEED_STEPS = 20
+QUIET = 1.08
+"""By what factor the baseline may be slower than it has been, for the machine to count as quiet."""
+TIMINGS = 3
+"""How often a candidate is timed at most, where the machine is not quiet."""
 
 
 class Workbench:
@@ -68,6 +73,7 @@ class Workbench:
         self.overhead_seconds = 8.0
         self._calibration: list[Any] | None = None
         self._baseline: tuple[ArtifactFiles, Evaluation | None] | None = None
+        self._fastest_ms = math.inf
         self._teachers: MutableMapping[str, Tensor] = {}
 
     # The parts of the model
@@ -119,6 +125,8 @@ class Workbench:
                 score=self.task.score, role="select", records=records, value=self.task.score.aggregate(records)
             )
         self._baseline = (files, evaluation)
+        if "latency_ms" in trial.profile:
+            self._fastest_ms = min(self._fastest_ms, trial.profile["latency_ms"].value)
 
     # Shapes, before anything is trained
 
@@ -126,13 +134,9 @@ class Workbench:
         """Return the `latency_ms` and `file_bytes` of a plan without recovery, over the baseline's."""
         files = self._lowered(self.stage(plan, 1.0))
         base, _ = self._reference()
-        timed = measure_latency(
-            {"baseline": base, "shape": files},
-            self.target,
-            {self.inputs.middle: self.inputs.shapes[self.inputs.middle]},
-            baseline="baseline",
-            rounds=5,
-        )["shape"][self.inputs.middle]
+        middle = self.inputs.middle
+        found, _ = self._timed({"baseline": base, "shape": files}, {middle: self.inputs.shapes[middle]}, rounds=5)
+        timed = found["shape"][middle]
         return {"latency_ms": 1 / timed.ratio, "file_bytes": files.bytes / base.bytes}
 
     def operators(self, plan: Plan) -> list[OperatorTime]:
@@ -274,13 +278,13 @@ class Workbench:
         base = self._baseline[0] if self._baseline else files
         together = {"baseline": base, "this": files} if self._baseline else {"baseline": files}
         self.progress.update(text="timing")
-        timed = measure_latency(together, self.target, self.inputs.shapes, baseline="baseline")
+        timed, disturbed = self._timed(together, self.inputs.shapes)
         memory = measure_memory(files, self.target, self.inputs.shapes)
         mine = timed["this" if self._baseline else "baseline"]
         where = f"{self.runtime.name} {self.runtime.version()} on {cpu_name()}"
         static, _ = static_profile(self.task.core_of(made.module), self.inputs)
         measured = artifact_profile(files, mine, memory, middle=self.inputs.middle, where=where)
-        profile = static | measured | _ratio_profile(mine, self.inputs.middle, where)
+        profile = static | measured | _ratio_profile(mine, self.inputs.middle, where) | Profile(notes=disturbed)
         found = None
         if self.task.has("select"):
             self.progress.update(text="scoring on `select`")
@@ -297,6 +301,29 @@ class Workbench:
             quality=found,
             changes=made.changes,
             artifact=files.directory.relative_to(self.study).as_posix(),
+        )
+
+    def _timed(
+        self, candidates: Mapping[str, ArtifactFiles], shapes: Mapping[str, Any], rounds: int = 15
+    ) -> tuple[dict[str, dict[str, LatencyResult]], tuple[str, ...]]:
+        """Time candidates; again where the baseline is slower than it has been, since then something else runs.
+
+        What else runs does not slow all artifacts alike: beside a busy neighbour on the same physical core, int8 loses
+        twice as much as float32, and an interleaved ratio loses with it.
+        """
+        middle, found = self.inputs.middle, []
+        for _ in range(TIMINGS):
+            timed = measure_latency(candidates, self.target, shapes, baseline="baseline", rounds=rounds)
+            found.append(timed)
+            if timed["baseline"][middle].median_ms <= QUIET * self._fastest_ms:
+                break
+        best = min(found, key=lambda timed: timed["baseline"][middle].median_ms)
+        reached = best["baseline"][middle].median_ms
+        slower, self._fastest_ms = reached / self._fastest_ms, min(self._fastest_ms, reached)
+        if slower <= QUIET:
+            return best, ()
+        return best, (
+            f"timed on a busy machine: the unmodified model took {slower:.2f} times what it had taken before",
         )
 
     def _key(self, *parts: str) -> str:

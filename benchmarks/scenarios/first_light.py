@@ -46,18 +46,23 @@ def run(resume_dir: Path) -> dict[str, Any]:
         "trimpoint": best,
         "unmodified, trained as long as a first-rung candidate": control,
     }
-    timed = _together(out, {"unmodified": baseline, "one-liner": one_liner, "best": best})
+    timed = _together(out, {"unmodified": baseline, "one-line int8": one_liner, "trimpoint": best})
     certificate = best.certificate
     near = _near(record.trials, baseline)
     return {
-        "timed together": {
-            name: {"latency_ms": r.median_ms, "latency_ratio": r.ratio, "latency_ratio_ci": [r.ratio_low, r.ratio_high]}
-            for name, r in timed.items()
-        },
         "rows": [_row(name, trial, baseline) for name, trial in named.items() if trial is not None]
+        + [
+            {
+                "system": f"timed together: {name}",
+                "latency_ms": found.median_ms,
+                "latency_ratio": found.ratio,
+                "latency_ratio_ci": [found.ratio_low, found.ratio_high],
+            }
+            for name, found in timed.items()
+        ]
         + [_row(f"frontier: trial {t.number}, {t.label}", t, baseline) for t in near],
         "goals": [
-            _goal("times faster than unmodified", timed["best"].ratio, 3.0, 5.0),
+            _goal("times faster than unmodified", timed["trimpoint"].ratio, 3.0, 5.0),
             _goal("times smaller than unmodified", 1 / ratio(best, baseline, "file_bytes"), 6.0, 12.0),
             _goal(
                 "upper bound of the certified drop, points",
@@ -67,7 +72,9 @@ def run(resume_dir: Path) -> dict[str, Any]:
                 better="lower",
                 unit="points",
             ),
-            _goal("times faster than the one-line int8", timed["best"].ratio / timed["one-liner"].ratio, 1.4, 2.0),
+            _goal(
+                "times faster than the one-line int8", timed["trimpoint"].ratio / timed["one-line int8"].ratio, 1.4, 2.0
+            ),
             _goal("times smaller than the one-line int8", 1 / ratio(best, one_liner, "file_bytes"), 1.6, 3.0),
             _goal("points on the frontier within 5 points of accuracy", len(near), 5, None, unit="trials"),
             _goal("methods among them", len(_methods(near)), 3, None, unit="methods"),

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 
 from tests.search.trials import BASELINE, INT8, trial
 from trimpoint.search.pick import choose, nearest, standing, verdict
 from trimpoint.target import Goal
+from trimpoint.values import Measurement, Profile
 
 
 def test_merit_is_the_geometric_mean_of_the_ratios():
@@ -35,6 +38,21 @@ def test_where_nothing_is_likely_to_be_proven_the_likeliest_is_handed_over():
     better = trial(2, ratio=8.0, size=400.0, drop=0.005, upper=0.0099, forecast=0.012)
     likelier = trial(3, ratio=2.0, size=900.0, drop=0.0049, upper=0.0098, forecast=0.011)
     assert choose([BASELINE, better, likelier], BASELINE, goal).number == 3
+
+
+def test_the_unmodified_model_does_not_go_before_a_feasible_doubtful_one():
+    doubtful = trial(2, ratio=8.0, size=400.0, drop=0.005, upper=0.0099, forecast=0.012)
+    assert choose([BASELINE, doubtful], BASELINE, Goal(max_drop=0.01)).number == 2
+    slower = trial(3, ratio=0.5, size=4000.0, drop=0.0, upper=0.0)
+    assert choose([BASELINE, slower], BASELINE, Goal(max_drop=0.01)).number == 0
+
+
+def test_a_limit_relative_to_what_was_not_measured_cannot_be_judged():
+    macs = {**BASELINE.profile.metrics, "macs": Measurement(value=0.0, unit="1")}
+    for baseline in (BASELINE, replace(BASELINE, profile=Profile(macs))):
+        held = standing(trial(2, drop=0.0, upper=0.0), baseline, Goal(limits={"macs": "0.5x"}))
+        assert not held.feasible
+        assert "cannot be judged" in held.limit
 
 
 def test_limits_apply_to_the_worse_end_of_the_interval():

@@ -4,6 +4,7 @@ from trimpoint.method import Fact
 from trimpoint.methods.drop_blocks import DropBlocks
 from trimpoint.methods.prune_channels import PruneChannels
 from trimpoint.methods.quantize_static import QuantizeStatic
+from trimpoint.plan import Step
 from trimpoint.progress import SILENT
 from trimpoint.runtimes.base import OperatorTime
 from trimpoint.search.probe import probe
@@ -112,3 +113,33 @@ def test_rows_show_forecasts_beside_measurements():
     assert len(drops) == 2
     for row in drops:
         assert row["latency_ms"] / 0.5 == pytest.approx(row["forecast_latency_ms"] ** 0.5)
+
+
+def test_a_shape_that_cannot_be_measured_is_left_out_with_what_was_raised():
+    class Fragile(Machine):
+        def shape(self, plan):
+            if any(isinstance(step.method, QuantizeStatic) for step in plan.steps):
+                raise RuntimeError("no kernel")
+            return super().shape(plan)
+
+        def operators(self, plan):
+            raise RuntimeError("no profile")
+
+    memory = {}
+    for _ in range(2):  # The second time from what was recorded.
+        found = run(Fragile(), memory=memory)
+        assert found.quantiser is None
+        assert "no kernel" in found.left_out[str(Step(QuantizeStatic()))]
+        assert len(found.structures) == 5
+
+
+def test_a_method_none_of_whose_shapes_can_be_measured_is_left_out():
+    class Fragile(Machine):
+        def shape(self, plan):
+            if any(isinstance(step.method, DropBlocks) for step in plan.steps):
+                raise ValueError("cannot be exported")
+            return super().shape(plan)
+
+    found = run(Fragile())
+    assert found.left_out["drop-blocks"] == "none of its shapes could be measured"
+    assert [s.steps for s in found.structures] == [()]

@@ -81,3 +81,16 @@ def test_of_a_structure_tried_twice_the_last_trial_counts():
 
 def test_one_observation_teaches_nothing():
     assert newcomer(trials(SEEN[:1]), [without("small.2")], LEAVES, allowed=1.0, final=0.1) is None
+
+
+def test_the_unit_of_the_score_does_not_matter():
+    small = [(s, drop * 1e-4) for s, drop in SEEN]
+    structures = [s for s, _ in SEEN] + CANDIDATES[2:]
+    ratio = expected_drops(small, structures, LEAVES) / expected_drops(SEEN, structures, LEAVES)
+    np.testing.assert_allclose(ratio, 1e-4)
+
+
+def test_structures_of_one_kind_and_no_drop_at_all_can_be_fitted():
+    same = [(without("small.0"), 0.01), (without("small.1"), 0.02)]
+    assert np.isfinite(expected_drops(same, CANDIDATES, LEAVES)).all()
+    assert (expected_drops([(s, 0.0) for s, _ in same], CANDIDATES, LEAVES) == 0).all()

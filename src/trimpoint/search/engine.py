@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from trimpoint.errors import StorageError, StudyError, TrimpointError
+from trimpoint.errors import StudyError
 from trimpoint.filters import EVERYTHING, Filter
 from trimpoint.method import Stage
 from trimpoint.plan import Plan, Step
 from trimpoint.progress import SILENT, Progress
 from trimpoint.recover.recipe import Recovery
+from trimpoint.search.contain import contained, words
 from trimpoint.search.log import TrialLog
 from trimpoint.search.pick import choose, ratio, standing
 from trimpoint.search.probe import Probe, probe
@@ -36,10 +37,10 @@ CLOSING_SHARE = 0.04
 PRECISIONS = ("float32", "bfloat16")
 RUNG_SHARES = (0.2, 0.25, 1.0)
 """Share of what is left of the training time that each rung may use."""
+LEAST_COST = 0.4
+"""Share of its forecast that a training costs at the least."""
 FIXED_COST = 0.35
 """Share of a training step's time that a faster structure does not save: the teacher, the data, the optimizer."""
-CONTAINED = (TrimpointError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
-"""What a trial may raise without ending the search; it becomes a recorded failure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,7 @@ class Engine:
             return known[key]
         decision = decide()
         self.log.note(key, decision)
+        self.log.note("seconds", round(self.spent, 1))
         return decision
 
     def _trial(
@@ -143,17 +145,17 @@ class Engine:
         if (known := self._done.get((plan_hash, rung))) is not None:
             return known
         number = self.log.start()
+        self.log.note("seconds", round(self.spent, 1))
         began = time.monotonic()
         trial = replace(start, number=number, plan_hash=plan_hash, rung=rung)
-        try:
-            trial = replace(run(trial), state="complete")
-        except StorageError:
-            raise
-        except CONTAINED as error:
-            trial = replace(trial, state="failed", error=f"{type(error).__name__}: {error}")
+        done, error = contained(lambda: run(trial))
+        if done is not None:
+            trial = replace(done, state="complete")
+        elif error is not None:
+            trial = replace(trial, state="failed", error=words(error))
             if fatal:
                 self.log.finish(replace(trial, seconds=time.monotonic() - began))
-                raise
+                raise error
         trial = replace(trial, seconds=round(time.monotonic() - began, 2))
         self.log.finish(trial)
         self.log.note("seconds", round(self.spent, 1))
@@ -188,8 +190,8 @@ class Engine:
         quantisers, more = usable_methods(self.task, (Stage.QUANTIZE,))
         found = probe(self.bench, kinds, quantisers, where=settings.where, decide=self._decide, progress=self.progress)
         self.log.note("space", {**left_out, **more, **found.left_out})
-        base = baseline.profile
-        limits = {m: settings.goal.limit(m, base[m].value) / base[m].value for m in settings.goal.limits if m in base}
+        base = {name: measured.value for name, measured in baseline.profile.items() if measured.value > 0}
+        limits = {m: settings.goal.limit(m, base[m]) / base[m] for m in settings.goal.limits if m in base}
         return replace(found, structures=keeping(found.structures, found.start, limits))
 
     def _plan(self, structure: Structure, found: Probe, recovery: Recovery | None) -> Plan:
@@ -209,6 +211,8 @@ class Engine:
         # A budget that was raised later is a decision of its own.
         key = f"widths/{self.settings.seconds}/{self.settings.trials}"
         counts = self._decide(key, lambda: list(widths(self.left, self._trials_left())))
+        if recovery[0] is None:  # Without training there is nothing that a later rung could show.
+            counts = counts[:1]
         allowed = self.settings.goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
         chosen = ladder(found.structures, self.bench.leaves, counts[0]) if counts else []
         racing = {
@@ -227,6 +231,8 @@ class Engine:
                 number, width if number == 1 else len(racing), effort, cost, last=number + 1 == len(counts)
             )
             before, effort, final = effort, rung.effort, growth * effort
+            if number > 1 and effort <= before:
+                break
             if number == 0 and self._affords_control(full_seconds * effort):
                 self._control(rung, recovery[0])
             waiting, ended = list(racing), list[Trial]()
@@ -250,7 +256,8 @@ class Engine:
                 places = counts[number + 1] if number else (counts[1] + 1) // 2
                 rising = promote(ended, baseline, self.settings.goal, places, growth)
                 racing = {trial.plan_hash: racing[trial.plan_hash] for trial in rising}
-        self._vary_last_step(list(racing.values()), found, recovery[0], rung)
+        trained = [racing[t.plan_hash] for t in ended if t.state == "complete" and t.plan_hash in racing]
+        self._vary_last_step(trained, found, recovery[0], rung)
 
     def _full_seconds(self, trial: Trial, effort: float, before: float) -> float:
         """Return how long a recovery of full length takes, from how long that of a trial took."""
@@ -298,11 +305,21 @@ class Engine:
         if recovery is None:
             return None, 0.0
         self.progress.update(text="timing a few training steps")
-        speeds = self._decide(
-            "training", lambda: {p: self.bench.training_speed(replace(recovery, precision=p)) for p in PRECISIONS}
-        )
-        best = min(PRECISIONS, key=lambda p: speeds[p] * (1.0 if p == recovery.precision else 1.1))
-        return replace(recovery, precision=best), speeds[best]
+
+        def time_precisions() -> dict[str, float]:
+            timed = {}
+            for precision in PRECISIONS:
+                tried = replace(recovery, precision=precision)
+                seconds, error = contained(lambda tried=tried: self.bench.training_speed(tried))  # type: ignore[misc]
+                if seconds is not None:
+                    timed[precision] = seconds
+                elif error is not None:
+                    self.progress.message(f"training in {precision} does not work here: {words(error)}")
+            return timed
+
+        speeds = self._decide("training", time_precisions)
+        best = min(speeds, key=lambda p: speeds[p] * (1.0 if p == recovery.precision else 1.1), default=None)
+        return (None, 0.0) if best is None else (replace(recovery, precision=best), speeds[best])
 
     def _control(self, rung: Rung, recovery: Recovery | None) -> None:
         if recovery is not None and self.settings.control is not None:
@@ -317,8 +334,8 @@ class Engine:
 
     def _rung(self, number: int, width: int, before: float, full_seconds: float, *, last: bool) -> Rung:
         def decide() -> Mapping[str, float]:
-            if self.settings.recovery is None or self.left is None or not full_seconds:
-                return {"effort": (1 / 9, 1 / 3, 1.0)[number]}
+            if self.left is None or not full_seconds:
+                return {"effort": (1 / 9, 1 / 3, 1.0)[number] if self.settings.recovery is not None else 1.0}
             share = 1.0 if last else RUNG_SHARES[number]
             overhead = self.bench.overhead_seconds
             effort = effort_for(
@@ -364,8 +381,14 @@ def _training_cost(structure: Structure) -> float:
 
 
 def _mean_cost(forecasts: Mapping[str, float], measured: Mapping[str, float]) -> float:
-    """Return the mean cost of what races; what was not measured yet costs its forecast, or as the dearest measured."""
-    return float(np.mean([measured.get(key, max([cost, *measured.values()])) for key, cost in forecasts.items()]))
+    """Return the mean cost of what races; what was not measured yet costs its forecast, or as the dearest measured.
+
+    A measured cost far below its forecast is that of a training which an earlier process had done in part.
+    """
+    costs = [
+        max(measured.get(key, max([cost, *measured.values()])), LEAST_COST * cost) for key, cost in forecasts.items()
+    ]
+    return float(np.mean(costs))
 
 
 def _line(trial: Trial, baseline: Trial, goal: Goal) -> str:

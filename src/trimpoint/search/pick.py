@@ -53,7 +53,9 @@ def standing(trial: Trial, baseline: Trial, goal: Goal) -> Standing:
     for metric in goal.limits:
         limit = goal.limit(metric, baseline.profile[metric].value if metric in baseline.profile else float("nan"))
         measured = trial.profile.get(metric)
-        if measured is None:
+        if not limit > 0:
+            excesses[f"{metric} cannot be judged: the unmodified model's was not measured, or is 0"] = float("inf")
+        elif measured is None:
             excesses[f"{metric} could not be measured"] = float("inf")
         elif METRICS[metric] == "lower":
             worst = measured.value if measured.high is None else measured.high
@@ -90,8 +92,10 @@ def choose(trials: Sequence[Trial], baseline: Trial, goal: Goal) -> Trial | None
         forecast = trial.quality.drop_forecast if trial.quality else None
         return max(0.0, forecast - allowed) if forecast is not None else 0.0
 
+    # The original needs no certificate: it is handed over only where nothing feasible improves on it.
+    better = [t for t in fitting if t.role != "baseline" and standing(t, baseline, goal).merit < 0.9999]
     return min(
-        fitting,
+        better or fitting,
         key=lambda t: (
             doubt(t),
             round(standing(t, baseline, goal).merit, 4),

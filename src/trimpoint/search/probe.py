@@ -14,6 +14,7 @@ from trimpoint.method import Method
 from trimpoint.plan import Plan, Step
 from trimpoint.progress import Progress
 from trimpoint.runtimes.base import OperatorTime
+from trimpoint.search.contain import contained, words
 from trimpoint.search.space import Structure, forecast, proposals, structures
 from trimpoint.values import Block, Group
 
@@ -84,12 +85,24 @@ def probe(
     rows: list[dict[str, Any]] = []
 
     def measured(plan: Plan) -> dict[str, float]:
+        """Return the ratios of a shape; of one that cannot be made or measured, nothing, with the reason left out."""
+
+        def attempt() -> dict[str, Any]:
+            ratios, error = contained(lambda: bench.shape(plan))
+            return {"error": words(error)} if error is not None else dict(ratios or {})
+
         progress.update(text=f"measuring the shape of {plan}")
-        return dict(decide(f"shape/{plan.hash[:16]}", lambda: bench.shape(plan)))
+        found = dict(decide(f"shape/{plan.hash[:16]}", attempt))
+        if "error" in found:
+            left_out[str(plan.steps[0])] = f"could not be measured: {found['error']}"
+            return {}
+        return found
 
     quantiser = None
     for kind in quantisers:
         ratios = measured(Plan((Step(kind(), where),)))
+        if not ratios:
+            continue
         rows.append({"what": kind.method_name(), **ratios})
         if _merit(ratios) < WORTH and quantiser is None:
             quantiser = kind()
@@ -98,7 +111,10 @@ def probe(
     tail = (Step(quantiser, where),) if quantiser is not None else ()
     reference = measured(Plan(tail)) if tail else {"latency_ms": 1.0, "file_bytes": 1.0}
     operators = [
-        OperatorTime(**row) for row in decide("operators", lambda: [vars(op) for op in bench.operators(Plan(tail))])
+        OperatorTime(**row)
+        for row in decide(
+            "operators", lambda: [vars(op) for op in contained(lambda: bench.operators(Plan(tail)))[0] or ()]
+        )
     ]
 
     corrections: dict[str, float] = {}
@@ -111,11 +127,15 @@ def probe(
             alone = Structure(steps=(Step(method, where),), shares=method.forecast(blocks, groups))
             expected = forecast(alone, operators, bench.leaves)
             ratios = measured(Plan((*alone.steps, *tail)))
+            if not ratios:
+                continue
             rows.append({"what": str(alone.steps[0]), **ratios, "forecast_latency_ms": expected["latency_ms"]})
             relative = {name: ratios[name] / reference[name] for name in ratios}
             found.append((expected["latency_ms"], relative))
-        if not found:
+        if not samples:
             left_out[kind.method_name()] = "nothing in this model that it could change"
+        elif not found:
+            left_out[kind.method_name()] = "none of its shapes could be measured"
         elif all(_merit(relative) >= WORTH for _, relative in found):
             left_out[kind.method_name()] = f"does not pay on this target: {_words(found[-1][1])}"
         else:

@@ -62,7 +62,7 @@ def search(
         task: its data, loss and score; the object, or its reference.
         target: where it must run; ONNX Runtime on one thread by default.
         goal: what it must reach.
-        max_drop: of the goal, where no `goal` is given.
+        max_drop: of the goal, where no `goal` is given; by default one point, or one percent of an unbounded score.
         limits: of the goal, where no `goal` is given.
         budget: time for all of it, such as `"30m"`, or seconds; half an hour where neither time nor trials are given.
         trials: how many candidates to try at most.
@@ -82,13 +82,19 @@ def search(
     """
     if goal is not None and (max_drop is not None or limits is not None):
         raise InvalidParameterError("Give either `goal` or `max_drop` and `limits`. Got both.")
-    if goal is None:
-        given: dict[str, Any] = {"max_drop": max_drop} if max_drop is not None else {}
-        goal = Goal(limits=limits or {}, **given)
     seconds = parse_duration(budget) if budget is not None else 1800.0 if trials is None else None
     if trials is not None and (not isinstance(trials, int) or isinstance(trials, bool) or trials < 1):
         raise InvalidParameterError(f"The 'trials' parameter of search must be a whole number ≥ 1. Got {trials!r}.")
     module, purpose = _objects(model, task)
+    if goal is None:
+        default = 0.01 if purpose.score.bounded else "1%"
+        goal = Goal(limits=limits or {}, max_drop=default if max_drop is None else max_drop)
+    if not purpose.score.bounded and not isinstance(goal.max_drop, str):
+        raise InvalidParameterError(
+            f"The score {purpose.score.name!r} has no bound, so 'max_drop' must be a share of the baseline's. Got "
+            f"{goal.max_drop!r}.",
+            'write one percent as "1%"',
+        )
     where = _where(scope, freeze)
     if recovery is None and purpose.has("train"):
         recovery = Distill(epochs=FULL_EPOCHS)

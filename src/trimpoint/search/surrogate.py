@@ -13,8 +13,8 @@ RIDGE = 0.1
 """How strongly differences between kinds of layers are held back, relative to the spread of what was seen."""
 MILDEST = 1.25
 """Structures count as the mildest whose drop is expected to be within this factor of the smallest."""
-FLOOR = 0.001
-"""A smaller drop than this counts as this much: its logarithm would be noise."""
+FLOOR = 0.01
+"""A smaller drop than this share of the largest counts as so much: its logarithm would be noise."""
 
 
 def expected_drops(
@@ -35,13 +35,16 @@ def expected_drops(
         `[candidates]`, in the unit of the drops.
     """
     x = np.array([work_by_kind(structure, leaves) for structure, _ in seen])
-    y = np.log([max(drop, FLOOR) for _, drop in seen])
+    largest = max(drop for _, drop in seen)
+    if largest <= 0:
+        return np.zeros(len(candidates))
+    y = np.log([max(drop, FLOOR * largest) for _, drop in seen])
     total = x.sum(1)
     centred, spread = total - total.mean(), float(total.var() * len(total))
     slope = max(float(centred @ y) / spread, 0.0) if spread > 0 else 0.0
     fitted = y.mean() + slope * centred
     deviation = x - x.mean(0)
-    ridge = RIDGE * float(np.mean(np.sum(deviation**2, 1)))
+    ridge = max(RIDGE * float(np.mean(np.sum(deviation**2, 1))), 1e-9)
     residual = np.linalg.solve(deviation.T @ deviation + ridge * np.eye(x.shape[1]), deviation.T @ (y - fitted))
     rows = np.array([work_by_kind(structure, leaves) for structure in candidates])
     return np.exp(y.mean() + slope * (rows.sum(1) - total.mean()) + (rows - x.mean(0)) @ residual)  # type: ignore[no-any-return]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from trimpoint.errors import StudyError
@@ -22,7 +21,7 @@ from trimpoint.search.contain import contained, words
 from trimpoint.search.log import TrialLog
 from trimpoint.search.pick import choose, ratio, standing
 from trimpoint.search.probe import Probe, probe
-from trimpoint.search.rungs import Rung, effort_for, promote, widths
+from trimpoint.search.rungs import Rung, effort_for, mean_cost, promote, training_cost, widths
 from trimpoint.search.space import Structure, keeping, ladder, usable_methods
 from trimpoint.search.surrogate import newcomer
 from trimpoint.search.workbench import Workbench
@@ -32,15 +31,13 @@ from trimpoint.values import Trial
 
 ONE_LINE = "one-line-int8"
 CONTROL = "control: "
+RESUMED = "resumed"
+"""Decision that lists the first trial of each process that went on with a search: its time is not what it costs."""
 CLOSING_SHARE = 0.04
 """Share of the budget that is kept for choosing, certifying and writing the artifact."""
 PRECISIONS = ("float32", "bfloat16")
 RUNG_SHARES = (0.2, 0.25, 1.0)
 """Share of what is left of the training time that each rung may use."""
-LEAST_COST = 0.4
-"""Share of its forecast that a training costs at the least."""
-FIXED_COST = 0.35
-"""Share of a training step's time that a faster structure does not save: the teacher, the data, the optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +85,7 @@ class Engine:
     bench: Workbench
     progress: Progress = SILENT
     _done: dict[tuple[str, int], Trial] = field(default_factory=dict)
+    _ran: bool = False
     _spent_before: float = 0.0
     _started: float = 0.0
 
@@ -144,6 +142,9 @@ class Engine:
     ) -> Trial:
         if (known := self._done.get((plan_hash, rung))) is not None:
             return known
+        if self._spent_before and not self._ran:  # A process that was killed may have done part of this trial.
+            self.log.note(RESUMED, [*self.log.settings().get(RESUMED, ()), f"{plan_hash}/{rung}"])
+        self._ran = True
         number = self.log.start()
         self.log.note("seconds", round(self.spent, 1))
         began = time.monotonic()
@@ -226,7 +227,7 @@ class Engine:
             racing = dict(list(racing.items())[:width])
             if not racing:
                 return
-            cost = _mean_cost({key: full_seconds * _training_cost(s) for key, (s, _) in racing.items()}, costs)
+            cost = mean_cost({key: full_seconds * training_cost(s) for key, (s, _) in racing.items()}, costs)
             rung = self._rung(
                 number, width if number == 1 else len(racing), effort, cost, last=number + 1 == len(counts)
             )
@@ -249,7 +250,7 @@ class Engine:
             costs = {
                 t.plan_hash: self._full_seconds(t, effort, before if t.plan_hash in costs else 0.0)
                 for t in ended
-                if t.state == "complete"
+                if t.state == "complete" and f"{t.plan_hash}/{t.rung}" not in self.log.settings().get(RESUMED, ())
             }
             if number + 1 < len(counts):
                 growth = self._growth(rung, cost, counts[-1])
@@ -373,22 +374,6 @@ class Engine:
             best="" if best is None else _line(best, baseline, self.settings.goal),
             seconds_left=None if self.settings.seconds is None else max(0.0, self.settings.seconds - self.spent),
         )
-
-
-def _training_cost(structure: Structure) -> float:
-    """Return the forecast time of a training step, over that of the unmodified model's."""
-    return FIXED_COST + (1 - FIXED_COST) * structure.gains.get("latency_ms", 1.0)
-
-
-def _mean_cost(forecasts: Mapping[str, float], measured: Mapping[str, float]) -> float:
-    """Return the mean cost of what races; what was not measured yet costs its forecast, or as the dearest measured.
-
-    A measured cost far below its forecast is that of a training which an earlier process had done in part.
-    """
-    costs = [
-        max(measured.get(key, max([cost, *measured.values()])), LEAST_COST * cost) for key, cost in forecasts.items()
-    ]
-    return float(np.mean(costs))
 
 
 def _line(trial: Trial, baseline: Trial, goal: Goal) -> str:

@@ -231,3 +231,18 @@ def test_the_control_is_the_original_trained_further(search):
     (control,) = [label for label, _ in candidates(log) if label.startswith(CONTROL)]
     assert "finetune" in control
     assert np.isfinite(log.kept["seconds"])
+
+
+@pytest.mark.parametrize("full", [300.0, 3_000.0])
+def test_a_larger_budget_trains_the_finalists_longer(search, full):
+    log, kept = Log(), set()
+    search(log, kept, seconds=600.0, full=full)
+    before = len(log.ended)
+    took = search(log, kept, seconds=3_600.0, full=full)
+    assert took < 1.1 * 3_000
+    fresh = log.ended[before:]
+    assert fresh
+    assert max(t.rung for t in fresh) > 2 or full == 300.0
+    again = len(log.ended)
+    assert search(log, kept, seconds=3_600.0, full=full) < 100
+    assert all("control" not in t.label for t in log.ended[again:])

@@ -19,7 +19,7 @@ from trimpoint.progress import SILENT, Progress
 from trimpoint.recover.recipe import Recovery
 from trimpoint.search.contain import contained, words
 from trimpoint.search.log import TrialLog
-from trimpoint.search.pick import choose, ratio, standing
+from trimpoint.search.pick import choose, line
 from trimpoint.search.probe import Probe, probe
 from trimpoint.search.rungs import Rung, effort_for, mean_cost, promote, training_cost, widths
 from trimpoint.search.space import Structure, keeping, ladder, usable_methods
@@ -33,6 +33,8 @@ ONE_LINE = "one-line-int8"
 CONTROL = "control: "
 RESUMED = "resumed"
 """Decision that lists the first trial of each process that went on with a search: its time is not what it costs."""
+WORTH_MORE = 1.5
+"""By what factor one more rung must lengthen the training, to be worth it."""
 CLOSING_SHARE = 0.04
 """Share of the budget that is kept for choosing, certifying and writing the artifact."""
 PRECISIONS = ("float32", "bfloat16")
@@ -257,6 +259,14 @@ class Engine:
                 places = counts[number + 1] if number else (counts[1] + 1) // 2
                 rising = promote(ended, baseline, self.settings.goal, places, growth)
                 racing = {trial.plan_hash: racing[trial.plan_hash] for trial in rising}
+        while (longer := self._longer(rung.number + 1, effort, cost)) > effort:
+            rung, effort = Rung(number=rung.number + 1, width=2, effort=longer), longer
+            latest = {t.plan_hash: (t, s) for s, t, _ in tried}
+            rising = promote([t for t, _ in latest.values()], baseline, self.settings.goal, 2, 1.0)
+            of = {t.plan_hash: latest[t.plan_hash][1] for t in rising}
+            racing = {key: (s, self._plan(s, found, recovery[0])) for key, s in of.items()}
+            ended = [self._candidate(plan, rung) for _, plan in racing.values() if not self._out_of_time()]
+            tried += [(racing[t.plan_hash][0], t, effort) for t in ended]
         trained = [racing[t.plan_hash] for t in ended if t.state == "complete" and t.plan_hash in racing]
         self._vary_last_step(trained, found, recovery[0], rung)
 
@@ -286,6 +296,18 @@ class Engine:
             return round(final / rung.effort, 2)
 
         return float(self._decide(f"growth/{rung.number}", decide))
+
+    def _longer(self, number: int, effort: float, full_seconds: float) -> float:
+        """Return the effort of one more rung where there is time for it, as after the budget was raised; 0 for none."""
+        if f"longer/{number}" in self.log.settings():
+            return float(self.log.settings()[f"longer/{number}"])
+        if self.left is None or self.left <= 0 or not full_seconds:
+            return 0.0
+        overhead = self.bench.overhead_seconds
+        more = effort_for(
+            self.left, 2, full_seconds=full_seconds, before=effort, overhead=overhead, kept=self._kept, growth=1.0
+        )
+        return float(self._decide(f"longer/{number}", lambda: round(more, 4))) if more >= WORTH_MORE * effort else 0.0
 
     def _vary_last_step(
         self, racing: Sequence[tuple[Structure, Plan]], found: Probe, recovery: Recovery | None, rung: Rung
@@ -368,18 +390,9 @@ class Engine:
             self.progress.message(f"trial {trial.number}: {trial.label}: {trial.state} {trial.error}".rstrip())
             return
         best = choose(self.trials(), baseline, self.settings.goal)
-        self.progress.message(_line(trial, baseline, self.settings.goal))
+        self.progress.message(line(trial, baseline, self.settings.goal))
         self.progress.update(
             fraction=None if self.settings.seconds is None else min(1.0, self.spent / self.settings.seconds),
-            best="" if best is None else _line(best, baseline, self.settings.goal),
+            best="" if best is None else line(best, baseline, self.settings.goal),
             seconds_left=None if self.settings.seconds is None else max(0.0, self.settings.seconds - self.spent),
         )
-
-
-def _line(trial: Trial, baseline: Trial, goal: Goal) -> str:
-    metrics = "  ".join(f"{name} {ratio(trial, baseline, name):.3g}x" for name in goal.minimize)
-    quality = trial.quality
-    score = "" if quality is None else f"  {quality.name} {quality.value:.4g}"
-    drop = "" if quality is None or quality.drop_upper is None else f" (drop ≤ {quality.drop_upper:.3g})"
-    held = "" if standing(trial, baseline, goal).feasible else "  does not meet the goal"
-    return f"trial {trial.number} rung {trial.rung}: {trial.label}: {metrics}{score}{drop}{held}"

@@ -179,3 +179,13 @@ def _loss(trial: Trial) -> str:
 
 def _steps(trial: Trial) -> str:
     return " → ".join(step["method"] for step in trial.plan.get("steps", [])) or trial.label
+
+
+def line(trial: Trial, baseline: Trial, goal: Goal) -> str:
+    """Return a trial in one line, for people who watch a search."""
+    metrics = "  ".join(f"{name} {ratio(trial, baseline, name):.3g}x" for name in goal.minimize)
+    quality = trial.quality
+    score = "" if quality is None else f"  {quality.name} {quality.value:.4g}"
+    drop = "" if quality is None or quality.drop_upper is None else f" (drop ≤ {quality.drop_upper:.3g})"
+    held = "" if standing(trial, baseline, goal).feasible else "  does not meet the goal"
+    return f"trial {trial.number} rung {trial.rung}: {trial.label}: {metrics}{score}{drop}{held}"

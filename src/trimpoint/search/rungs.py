@@ -66,6 +66,7 @@ def effort_for(
     overhead: float,
     kept: float = 1.0,
     least: float = 0.01,
+    growth: float = 1.25,
 ) -> float:
     """Return the effort that `width` candidates can reach together in `seconds`.
 
@@ -77,9 +78,10 @@ def effort_for(
         overhead: seconds of each trial beside its training.
         kept: share of it that a longer run does not repeat: what comes before the cool-down.
         least: effort at the least.
+        growth: by what factor the effort grows at the least.
     """
     gain = (seconds / max(width, 1) - overhead) / max(full_seconds, 1e-9)
-    return float(min(1.0, max(before * kept + gain, before * 1.25, least)))
+    return float(min(1.0, max(before * kept + gain, before * growth, least)))
 
 
 def training_cost(structure: Structure) -> float:

@@ -15,8 +15,9 @@ from trimpoint.methods.finetune import Finetune
 from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.plan import Step
 from trimpoint.search import engine as module
-from trimpoint.search.engine import CONTROL, RESUMED, Engine, Settings
+from trimpoint.search.engine import CONTROL, RESUMED, Engine
 from trimpoint.search.probe import Probe
+from trimpoint.search.settings import Settings
 from trimpoint.search.space import Structure
 from trimpoint.target import Goal, Target
 from trimpoint.values import Quality

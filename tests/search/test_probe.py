@@ -43,7 +43,7 @@ class Machine:
         return [OperatorTime(name=path, kind="Conv", module=path, ms=1.0) for path in LEAVES]
 
 
-def run(machine, kinds=(DropBlocks,), quantisers=(QuantizeStatic,), memory=None):
+def run(machine, kinds=(DropBlocks,), quantisers=(QuantizeStatic,), memory=None, aims=()):
     memory = {} if memory is None else memory
 
     def decide(key, make):
@@ -51,7 +51,7 @@ def run(machine, kinds=(DropBlocks,), quantisers=(QuantizeStatic,), memory=None)
             memory[key] = make()
         return memory[key]
 
-    return probe(machine, kinds, quantisers, decide=decide, progress=SILENT)
+    return probe(machine, kinds, quantisers, aims=aims, decide=decide, progress=SILENT)
 
 
 def test_a_quantiser_that_pays_is_taken_and_shapes_are_measured_with_it():
@@ -143,3 +143,13 @@ def test_a_method_none_of_whose_shapes_can_be_measured_is_left_out():
     found = run(Fragile())
     assert found.left_out["drop-blocks"] == "none of its shapes could be measured"
     assert [s.steps for s in found.structures] == [()]
+
+
+def test_what_pays_is_judged_by_what_the_goal_minimises():
+    slower = {"quantised": 1.5, "smaller": 0.25}
+    assert run(Machine(**slower)).quantiser == QuantizeStatic()
+    assert run(Machine(**slower), aims=("file_bytes", "macs")).quantiser == QuantizeStatic()
+    found = run(Machine(**slower), aims=("latency_ms",))
+    assert found.quantiser is None
+    assert all(s.merit == pytest.approx(s.gains["latency_ms"]) for s in found.structures)
+    assert run(Machine(**slower), aims=("macs",)).quantiser == QuantizeStatic()

@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from trimpoint.errors import StudyError
-from trimpoint.filters import EVERYTHING, Filter
 from trimpoint.method import Stage
 from trimpoint.plan import Plan, Step
 from trimpoint.progress import SILENT, Progress
@@ -22,10 +21,10 @@ from trimpoint.search.log import TrialLog
 from trimpoint.search.pick import choose, line
 from trimpoint.search.probe import Probe, probe
 from trimpoint.search.rungs import Rung, effort_for, mean_cost, promote, training_cost, widths
+from trimpoint.search.settings import Settings
 from trimpoint.search.space import Structure, keeping, ladder, usable_methods
 from trimpoint.search.surrogate import newcomer
 from trimpoint.search.workbench import Workbench
-from trimpoint.target import Goal, Target
 from trimpoint.task import Task
 from trimpoint.values import Trial
 
@@ -40,31 +39,6 @@ CLOSING_SHARE = 0.04
 PRECISIONS = ("float32", "bfloat16")
 RUNG_SHARES = (0.2, 0.25, 1.0)
 """Share of what is left of the training time that each rung may use."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a search was asked for.
-
-    Args:
-        target: where the model must run.
-        goal: what it must reach.
-        seconds: budget in time, or `None`.
-        trials: budget in trials of candidates, or `None`.
-        seed: of everything random.
-        where: what may be changed.
-        recovery: the step that brings quality back; `None` where the task cannot train.
-        control: how the original is trained further, to see if training alone helps; `None` leaves it out.
-    """
-
-    target: Target
-    goal: Goal
-    seconds: float | None = None
-    trials: int | None = None
-    seed: int = 0
-    where: Filter = EVERYTHING
-    recovery: Recovery | None = None
-    control: Recovery | None = None
 
 
 @dataclass
@@ -191,7 +165,15 @@ class Engine:
         settings = self.settings
         kinds, left_out = usable_methods(self.task, (Stage.STRUCTURE, Stage.FACTORIZE))
         quantisers, more = usable_methods(self.task, (Stage.QUANTIZE,))
-        found = probe(self.bench, kinds, quantisers, where=settings.where, decide=self._decide, progress=self.progress)
+        found = probe(
+            self.bench,
+            kinds,
+            quantisers,
+            where=settings.where,
+            aims=settings.goal.minimize,
+            decide=self._decide,
+            progress=self.progress,
+        )
         self.log.note("space", {**left_out, **more, **found.left_out})
         base = {name: measured.value for name, measured in baseline.profile.items() if measured.value > 0}
         limits = {m: settings.goal.limit(m, base[m]) / base[m] for m in settings.goal.limits if m in base}

@@ -15,7 +15,7 @@ from trimpoint.plan import Plan, Step
 from trimpoint.progress import Progress
 from trimpoint.runtimes.base import OperatorTime
 from trimpoint.search.contain import contained, words
-from trimpoint.search.space import Structure, forecast, proposals, structures
+from trimpoint.search.space import Structure, forecast, merit, proposals, structures
 from trimpoint.values import Block, Group
 
 WORTH = 0.98
@@ -67,6 +67,7 @@ def probe(
     quantisers: Sequence[type[Method]],
     *,
     where: Filter = EVERYTHING,
+    aims: Sequence[str] = (),
     decide: Callable[[str, Callable[[], Any]], Any],
     progress: Progress,
 ) -> Probe:
@@ -77,6 +78,7 @@ def probe(
         kinds: structural methods that may be used.
         quantisers: quantise methods that may be used.
         where: what may be changed.
+        aims: metrics that the goal minimises: what pays is judged by those of them that can be forecast.
         decide: returns the recorded result of a measurement or makes and records it.
         progress: where to tell how far it is.
     """
@@ -104,9 +106,9 @@ def probe(
         if not ratios:
             continue
         rows.append({"what": kind.method_name(), **ratios})
-        if _merit(ratios) < WORTH and quantiser is None:
+        if merit(ratios, aims) < WORTH and quantiser is None:
             quantiser = kind()
-        elif _merit(ratios) >= WORTH:
+        elif merit(ratios, aims) >= WORTH:
             left_out[kind.method_name()] = f"does not pay on this target: {_words(ratios)}"
     tail = (Step(quantiser, where),) if quantiser is not None else ()
     reference = measured(Plan(tail)) if tail else {"latency_ms": 1.0, "file_bytes": 1.0}
@@ -136,18 +138,15 @@ def probe(
             left_out[kind.method_name()] = "nothing in this model that it could change"
         elif not found:
             left_out[kind.method_name()] = "none of its shapes could be measured"
-        elif all(_merit(relative) >= WORTH for _, relative in found):
+        elif all(merit(relative, aims) >= WORTH for _, relative in found):
             left_out[kind.method_name()] = f"does not pay on this target: {_words(found[-1][1])}"
         else:
             corrections[kind.method_name()] = _correction([(e, r["latency_ms"]) for e, r in found])
             useful.append(kind)
     every = structures(useful, blocks, groups, bench.leaves, where)
     with_gains = [_with_gains(s, operators, bench.leaves, corrections, blocks, groups) for s in every]
+    with_gains = [replace(structure, aims=tuple(aims)) for structure in with_gains]
     return Probe(structures=with_gains, quantiser=quantiser, left_out=left_out, start=reference, rows=rows)
-
-
-def _merit(ratios: Mapping[str, float]) -> float:
-    return math.exp(sum(math.log(max(r, 1e-9)) for r in ratios.values()) / len(ratios))
 
 
 def _words(ratios: Mapping[str, float]) -> str:

@@ -20,10 +20,11 @@ from trimpoint.recover.recipe import Recovery
 from trimpoint.reference import load_reference
 from trimpoint.runtimes import get_runtime
 from trimpoint.search.delivery import certify_trial, deliver
-from trimpoint.search.engine import Engine, Settings
+from trimpoint.search.engine import Engine
 from trimpoint.search.fingerprint import combined, parts
 from trimpoint.search.log import FILE, TrialLog
 from trimpoint.search.preflight import preflight
+from trimpoint.search.settings import Settings
 from trimpoint.search.store import NOT_WRITABLE, cannot_write
 from trimpoint.search.study import Study, alone, discard, goal_from
 from trimpoint.search.workbench import Workbench

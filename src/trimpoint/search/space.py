@@ -34,17 +34,25 @@ class Structure:
         damage: share of the layers' work that is removed, in [0, 1]; a layer counts by the fourth root of its number of
             parameters, between counting all alike and counting parameters.
         gains: metric → forecast ratio to the unmodified model (below 1 is smaller).
+        aims: metrics that count towards the merit; where none of them is forecast, all that are.
     """
 
     steps: tuple[Step, ...]
     shares: Mapping[str, float]
     damage: float = 0.0
     gains: Mapping[str, float] = field(default_factory=dict)
+    aims: tuple[str, ...] = ()
 
     @property
     def merit(self) -> float:
         """Geometric mean of the forecast ratios: lower is better."""
-        return float(np.exp(np.mean([np.log(max(gain, 1e-6)) for gain in self.gains.values()]))) if self.gains else 1.0
+        return merit(self.gains, self.aims)
+
+
+def merit(ratios: Mapping[str, float], aims: Sequence[str] = ()) -> float:
+    """Return the geometric mean of the ratios that `aims` names; of all where it names none of them."""
+    counted = [ratio for name, ratio in ratios.items() if name in aims] or list(ratios.values())
+    return float(np.exp(np.mean(np.log(np.maximum(counted, 1e-9))))) if counted else 1.0
 
 
 def usable_methods(

@@ -313,6 +313,7 @@ def test_recovers_under_a_bare_loop_as_well_as_under_ours(model, task):
             group["lr"] = 0.02 * settings.factor(step)
         optimizer.zero_grad()
         F.cross_entropy(bare(x), y).backward()
+        nn.utils.clip_grad_norm_(bare.parameters(), settings.clip)
         optimizer.step()
     for name, value in bare.state_dict().items():
         assert torch.allclose(value, ours.module.state_dict()[name], atol=1e-4), name

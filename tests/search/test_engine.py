@@ -247,3 +247,14 @@ def test_a_larger_budget_trains_the_finalists_longer(search, full):
     again = len(log.ended)
     assert search(log, kept, seconds=3_600.0, full=full) < 100
     assert all("control" not in t.label for t in log.ended[again:])
+
+
+@pytest.mark.parametrize("trials", range(1, 16))
+def test_the_number_of_trials_is_kept_and_the_last_ones_are_fully_trained(search, trials):
+    for seconds in (None, 36_000.0):
+        log = Log()
+        search(log, set(), trials=trials, seconds=seconds, full=30.0)
+        found = candidates(log)
+        assert len(found) <= trials
+        last = max(rung for _, rung in found)
+        assert log.kept.get(f"rung/{last}", {"effort": 1.0})["effort"] == 1.0

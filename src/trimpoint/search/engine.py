@@ -195,7 +195,8 @@ class Engine:
         full_seconds = self._decide("full_seconds", lambda: recovery[1])
         # A budget that was raised later is a decision of its own.
         key = f"widths/{self.settings.seconds}/{self.settings.trials}"
-        counts = self._decide(key, lambda: list(widths(self.left, self._trials_left())))
+        spare = None if self._trials_left() is None else (self._trials_left() or 0) - self._with_control
+        counts = self._decide(key, lambda: list(widths(self.left, spare)))
         if recovery[0] is None:  # Without training there is nothing that a later rung could show.
             counts = counts[:1]
         allowed = self.settings.goal.allowed_drop(baseline.quality.value if baseline.quality else 0.0)
@@ -331,16 +332,18 @@ class Engine:
             control = replace(self.settings.control, precision=recovery.precision)
             self._candidate(Plan((Step(control),), self.settings.seed), rung, label=CONTROL)
 
+    @property
+    def _with_control(self) -> bool:
+        """Whether the original is to be trained further as well, to see if training alone helps."""
+        return self.settings.control is not None and self.settings.seconds is not None
+
     def _affords_control(self, seconds: float) -> bool:
-        """Return whether the original may be trained as long as the candidates, to see if training alone helps."""
-        if self.settings.control is None:
-            return False
-        return bool(self._decide("control", lambda: self.left is not None and seconds < 0.1 * self.left))
+        return self._with_control and bool(self._decide("control", lambda: seconds < 0.1 * (self.left or 0.0)))
 
     def _rung(self, number: int, width: int, before: float, full_seconds: float, *, last: bool) -> Rung:
         def decide() -> Mapping[str, float]:
             if self.left is None or not full_seconds:
-                return {"effort": (1 / 9, 1 / 3, 1.0)[number] if self.settings.recovery is not None else 1.0}
+                return {"effort": 1.0 if last or self.settings.recovery is None else (1 / 9, 1 / 3)[number]}
             share = 1.0 if last else RUNG_SHARES[number]
             overhead = self.bench.overhead_seconds
             effort = effort_for(

@@ -38,7 +38,8 @@ from trimpoint.search.store import Store
 from trimpoint.signature import Signature
 from trimpoint.target import Target
 from trimpoint.task import Task
-from trimpoint.values import Block, Group, Measurement, Profile, Trial, from_data, to_data
+from trimpoint.trust.bounds import resampled_upper
+from trimpoint.values import Block, Group, Measurement, Profile, Quality, Trial, from_data, to_data
 
 CALIBRATION_SAMPLES = 512
 RECORDS = "records.npy"
@@ -291,7 +292,7 @@ class Workbench:
             evaluation = evaluate(self.open(files), self.task, "select")
             found = quality(evaluation, self._baseline[1] if self._baseline else None)
             if self.task.has("certify"):
-                found = replace(found, drop_forecast=forecast_upper(found, len(self.task.data("certify"))))
+                found = replace(found, drop_forecast=self._forecast(found, evaluation))
             np.save(files.directory / RECORDS, evaluation.records)
         else:
             profile |= Profile(missing={f"{self.task.score.name}[select]": "the task has no `select` data"})
@@ -302,6 +303,15 @@ class Workbench:
             changes=made.changes,
             artifact=files.directory.relative_to(self.study).as_posix(),
         )
+
+    def _forecast(self, found: Quality, evaluation: Evaluation) -> float | None:
+        """Return the bound that a certificate will likely state, its allowance included where the score has one."""
+        n, reference = len(self.task.data("certify")), self._baseline[1] if self._baseline else None
+        upper = forecast_upper(found, n)
+        if upper is None or reference is None or evaluation.score.proportion:
+            return upper
+        unseen = resampled_upper(evaluation.score, reference.records, evaluation.records)[2]
+        return upper + unseen * evaluation.n / n
 
     def _timed(
         self, candidates: Mapping[str, ArtifactFiles], shapes: Mapping[str, Any], rounds: int = 15

@@ -81,6 +81,9 @@ class Bench:
     def use_baseline(self, baseline):
         pass
 
+    def trim(self, trials):
+        pass
+
     def one_line_int8(self, start):
         self.clock.now += 5
         found = trial(0, latency=2.0, size=1100.0, ratio=2.0, drop=0.002, upper=0.004, role="one_line_int8")

@@ -1,5 +1,7 @@
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.end_to_end import tiny
@@ -61,3 +63,42 @@ def test_a_candidate_is_timed_again_while_the_machine_is_busy(tmp_path, monkeypa
     assert len(calls) == timings
     assert made.profile["latency_ratio"].value == pytest.approx(1 / min(baselines))
     assert any("busy machine" in note for note in made.profile.notes) is noted
+
+
+def test_the_store_keeps_to_its_limit_but_never_loses_what_a_trial_needs(tmp_path):
+    task, plan = tiny.task().with_(select=None), Plan((Step(QuantizeStatic()),))
+    bench = Workbench(tiny.untrained(), task, Target(), tmp_path, "test")
+    with tiny.replayed():
+        baseline = bench.baseline(blank(0, Plan(), "baseline"))
+        bench.use_baseline(baseline)
+        made = bench.candidate(blank(1, plan, "candidate"), plan, 1.0)
+        whole = {path.name for path in bench.store.root.iterdir()}
+        bench.trim([baseline, made])
+        assert {path.name for path in bench.store.root.iterdir()} == whole
+        bench.store.limit_bytes = 0
+        bench.trim([baseline, made])
+        left = {path.name for path in bench.store.root.iterdir()}
+        assert left < whole
+        assert {Path(baseline.artifact).name, Path(made.artifact).name} < left
+        assert bench.candidate(blank(1, plan, "candidate"), plan, 1.0) == made
+        assert {path.name for path in bench.store.root.iterdir()} == left
+
+
+def test_the_forecast_of_a_score_without_a_proportion_has_the_certificates_allowance(tmp_path):
+    from trimpoint.measure.quality import forecast_upper
+    from trimpoint.score import F1
+    from trimpoint.trust.bounds import resampled_upper
+
+    task = tiny.task().with_(score=F1())
+    bench = Workbench(tiny.untrained(), task, Target(), tmp_path, "test")
+    plan = Plan((Step(QuantizeStatic()),))
+    with tiny.replayed():
+        baseline = bench.baseline(blank(0, Plan(), "baseline"))
+        bench.use_baseline(baseline)
+        made = bench.candidate(blank(1, plan, "candidate"), plan, 1.0)
+    reference = bench._baseline[1]
+    records = np.load(tmp_path / made.artifact / "records.npy", allow_pickle=False)
+    n, m = len(task.data("certify")), len(task.data("select"))
+    unseen = resampled_upper(task.score, reference.records, records)[2]
+    assert unseen > 0
+    assert made.quality.drop_forecast == pytest.approx(forecast_upper(made.quality, n) + unseen * m / n)

@@ -92,6 +92,10 @@ class Engine:
         budget = self.settings.seconds
         return None if budget is None else budget * (1 - CLOSING_SHARE) - self.spent
 
+    def note_time(self) -> None:
+        """Record the time used so far."""
+        self.log.note("seconds", round(self.spent, 1))
+
     def trials(self) -> list[Trial]:
         """Return the trials that have ended, by number."""
         return sorted(self._done.values(), key=lambda t: t.number)
@@ -110,7 +114,7 @@ class Engine:
             return known[key]
         decision = decide()
         self.log.note(key, decision)
-        self.log.note("seconds", round(self.spent, 1))
+        self.note_time()
         return decision
 
     def _trial(
@@ -122,7 +126,7 @@ class Engine:
             self.log.note(RESUMED, [*self.log.settings().get(RESUMED, ()), f"{plan_hash}/{rung}"])
         self._ran = True
         number = self.log.start()
-        self.log.note("seconds", round(self.spent, 1))
+        self.note_time()
         began = time.monotonic()
         trial = replace(start, number=number, plan_hash=plan_hash, rung=rung)
         done, error = contained(lambda: run(trial))
@@ -135,8 +139,9 @@ class Engine:
                 raise error
         trial = replace(trial, seconds=round(time.monotonic() - began, 2))
         self.log.finish(trial)
-        self.log.note("seconds", round(self.spent, 1))
+        self.note_time()
         self._done[plan_hash, rung] = trial
+        self.bench.trim(self.trials())
         self._tell(trial)
         return trial
 

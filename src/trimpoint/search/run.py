@@ -22,6 +22,7 @@ from trimpoint.runtimes import get_runtime
 from trimpoint.search.delivery import certify_trial, deliver
 from trimpoint.search.engine import Engine
 from trimpoint.search.fingerprint import combined, parts
+from trimpoint.search.heartbeat import Heartbeat
 from trimpoint.search.log import FILE, TrialLog
 from trimpoint.search.preflight import preflight
 from trimpoint.search.settings import Settings
@@ -216,6 +217,7 @@ def _run(directory: Path, log: TrialLog, model: nn.Module, task: Task, settings:
     key = combined(log.settings()["settings"]["fingerprint"])
     bench = Workbench(model, task, settings.target, directory, key, progress)
     engine = Engine(model=model, task=task, settings=settings, log=log, bench=bench, progress=progress)
+    bench.progress = Heartbeat(progress, engine.note_time)
     engine.run()
     study = Study(directory)
     best = study.record.chosen
@@ -229,7 +231,7 @@ def _run(directory: Path, log: TrialLog, model: nn.Module, task: Task, settings:
         record = study.record
         deliver(directory, record.chosen or best, record)
     log.note("finished", True)
-    log.note("seconds", round(engine.spent, 1))
+    engine.note_time()
     return study
 
 

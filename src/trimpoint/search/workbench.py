@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,17 @@ class Workbench:
         path = self.study / "training"
         path.mkdir(exist_ok=True)
         return path
+
+    def trim(self, trials: Iterable[Trial]) -> None:
+        """Cut the store down to its limit; what was lowered for one of `trials`, and its weights, stay."""
+        keep = set[str]()
+        for trial in trials:
+            if trial.artifact:
+                keep.add(Path(trial.artifact).name)
+                noted = self.study / trial.artifact / STAGE
+                if noted.is_file():
+                    keep.add(str(json.loads(noted.read_text(encoding="utf-8"))["stage"]))
+        self.store.trim(frozenset(keep))
 
     # Lowering
 

@@ -14,7 +14,7 @@ from trimpoint.compress import compress
 from trimpoint.demo.resnet import ResNet
 from trimpoint.errors import DataError, InvalidParameterError, ModelError, PlanError, UnknownNameError
 from trimpoint.filters import Glob, Type
-from trimpoint.graph import apply_edits_
+from trimpoint.graph import LowRank, apply_edits_
 from trimpoint.method import Fact, Method, Stage, Traits
 from trimpoint.methods.distill import Distill
 from trimpoint.methods.drop_blocks import DropBlocks
@@ -232,7 +232,7 @@ def test_replacement_inherits_the_origin_everywhere(task):
 
     def script(ctx):
         (site,) = ctx.modules()
-        ctx.replace(site.path, nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4)), "thinner")
+        ctx.replace(site.path, LowRank(nn.Linear(4, 2), nn.Linear(2, 4)), "thinner")
         assert ctx.get("one") is ctx.get("other")
 
     again = []

@@ -46,6 +46,10 @@ class Build:
             raise DataError("Changing the structure of a model needs example inputs.", "give a task")
         return self.task.example_batch(2)
 
+    def example(self) -> Any:
+        """Return example inputs of the whole model, two samples; `None` where the task has none."""
+        return self.inputs() if self.task is not None and self.task.has_example else None
+
     def core(self) -> tuple[nn.Module, Any, str]:
         """Return the exported module, example inputs for it, and the prefix of its paths."""
         if self.task is None or self.task.core is None:

@@ -188,15 +188,11 @@ def _check_needs(plan: Plan, task: Task | None) -> None:
                 problems.append(f"{head} {'a loss' if need == 'loss' else f'`{need}` data'}. The task has none.")
             elif need in ROLES and len(getattr(task, need)) == 0:
                 problems.append(f"{head} `{need}` data. That of the task is empty.")
-        if step.method.traits.acts_on in ("groups", "blocks") and not _has_example(task):
+        if step.method.traits.acts_on in ("groups", "blocks") and not (task is not None and task.has_example):
             problems.append(f"{head} example inputs. The task has neither data nor an `example`.")
     if problems:
         hint = "give a `task`" if task is None else "give `Task(train=..., calibrate=..., loss=..., example=...)`"
         raise DataError(_numbered(problems), hint)
-
-
-def _has_example(task: Task | None) -> bool:
-    return task is not None and (task.example is not None or any(task.has(role) for role in ROLES))
 
 
 def check_finite(model: nn.Module) -> None:

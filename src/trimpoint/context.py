@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trimpoint.build import Build, describe, own_shapes, type_names
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
-from trimpoint.graph import bypass_, remove_units_
+from trimpoint.graph import bypass_, remove_units_, replace_
 from trimpoint.losses import call
 from trimpoint.method import ALL_FACTS, Context, Site
 from trimpoint.plan import Step
@@ -75,13 +75,18 @@ class _Context(Context):
 
     def modules(self) -> Iterator[Site]:
         """Yield the modules in scope that still have the required facts."""
+        holders: dict[int, set[int]] = {}
+        for module in self.module.modules():
+            for parameter in module.parameters(recurse=False):
+                holders.setdefault(id(parameter), set()).add(id(module))
         for path, module in list(self.module.named_modules()):
             if not self._in_scope(path, module) or not set(self._traits.targets) & set(type_names(module)):
                 continue
             if missing := self._missing(path):
                 self.skip(path, missing)
             else:
-                yield Site(path=path, origin=self._build.origin(path), module=module)
+                tied = any(len(holders[id(p)]) > 1 for p in module.parameters(recurse=False))
+                yield Site(path=path, origin=self._build.origin(path), module=module, tied=tied)
 
     def groups(self) -> tuple[Group, ...]:
         """Return the removable groups all of whose producing modules are in scope."""
@@ -139,18 +144,18 @@ class _Context(Context):
         self._change("bypassed", path, before, "Bypass", reason)
 
     def replace(self, path: str, module: nn.Module, reason: str = "") -> None:
-        """Put `module` wherever the module at `path` was used; it inherits the origins."""
+        """Put `module` wherever the module at `path` was used, or skip it where the model does not run with it."""
         old = self.get(path)
-        module.train(old.training)
-        for alias in self._aliases(old):
-            parent, _, name = alias.rpartition(".")
-            if alias:
-                setattr(self.get(parent), name, module)
-            else:
-                self._build.module = module
-            inner = (f"{alias}.{inner}" if inner else alias for inner, _ in module.named_modules())
+        aliases = self._aliases(old)
+        try:
+            self._build.module, edits = replace_(self.module, path, module, self._build.example())
+        except SurgeryError as error:
+            self.skip(path, error.message)
+            return
+        for alias in aliases:
+            inner = (f"{alias}.{inner}".strip(".") for inner, _ in module.named_modules())
             self._build.origins.update(dict.fromkeys(inner, self._build.origin(alias)))
-        self._build.edited([])
+        self._build.edited(edits)
         self._change("replaced", path, describe(old), describe(module), reason)
 
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:

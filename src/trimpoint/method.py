@@ -144,11 +144,19 @@ def param(
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A module that a method may act on: where it is, where it was, what it is."""
+    """A module that a method may act on: where it is, where it was, what it is.
+
+    Args:
+        path: of the module as the model is now.
+        origin: its path in the unmodified model.
+        module: itself.
+        tied: whether another module holds one of its parameters, so that replacing it would tear them apart.
+    """
 
     path: str
     origin: str
     module: "nn.Module"
+    tied: bool = False
 
 
 class Context(ABC):

@@ -197,6 +197,11 @@ class Task:
             return self.loss is not None or self.step is not None
         return getattr(self, need) is not None
 
+    @property
+    def has_example(self) -> bool:
+        """Whether there is an example batch: one that was given, or the first samples of some data."""
+        return self.example is not None or any(self.has(role) for role in ROLES)
+
     def batches(self, role: Role, *, size: int | None = None, limit: int | None = None) -> Iterator[Batch]:
         """Yield collated batches of a role in order.
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,7 +46,7 @@ class RoundWeights(Method):
         for site in ctx.modules():
             if self.bits == 23:
                 ctx.skip(site.path, "all bits are kept")
-            elif tied(ctx, site.module):
+            elif site.tied:
                 ctx.skip(site.path, "its weight is tied")
             else:
                 ctx.replace(site.path, self.rounded(ctx, site.module), f"{self.bits} bits")
@@ -148,7 +149,7 @@ class IsRandom(RoundWeights):
 class NoopIsNotExact(RoundWeights):
     def apply(self, ctx: Context) -> None:
         for site in ctx.modules():
-            if not tied(ctx, site.module):
+            if not site.tied:
                 ctx.replace(site.path, self.rounded(ctx, site.module))
 
     def round(self, weight: torch.Tensor) -> torch.Tensor:
@@ -227,8 +228,11 @@ class HidesItsNeed(RoundWeights):
 
 
 class ForcesFloat32(RoundWeights):
-    def rounded(self, ctx: Context, module: nn.Module) -> nn.Module:
-        return super().rounded(ctx, module).float()
+    def apply(self, ctx: Context) -> None:
+        super().apply(ctx)
+        for module in ctx.module.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.float()
 
 
 class HidesZeros(RoundWeights):
@@ -264,14 +268,24 @@ class Branching(nn.Module):
         return self.inner[0](x) if float(x.sum()) > 1e9 else self.inner[0](x) * 1
 
 
+def behind_its_back(ctx: Context, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Replace every untied layer without the context."""
+    for path, module in list(ctx.module.named_modules()):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not tied(ctx, module) and path:
+            parent, _, name = path.rpartition(".")
+            setattr(ctx.get(parent), name, make(module))
+
+
 class CannotBeExported(RoundWeights):
-    def rounded(self, ctx: Context, module: nn.Module) -> nn.Module:
-        return Branching(super().rounded(ctx, module))
+    def apply(self, ctx: Context) -> None:
+        super().apply(ctx)
+        behind_its_back(ctx, Branching)
 
 
 class CannotBeRebuilt(RoundWeights):
-    def rounded(self, ctx: Context, module: nn.Module) -> nn.Module:
-        return nn.Sequential(super().rounded(ctx, module), nn.Identity())
+    def apply(self, ctx: Context) -> None:
+        super().apply(ctx)
+        behind_its_back(ctx, lambda module: nn.Sequential(module, nn.Identity()))
 
 
 class BreaksAfterOthers(RoundWeights):

@@ -1,7 +1,7 @@
 """Structural edits as data: a closed vocabulary that is applied in place and replayed on an unmodified copy."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.errors import ArtifactError, SurgeryError, suggest
+from trimpoint.graph.layers import check_layer, layer_from_data
 
 ATTRIBUTES = (
     "embedding_dim",
@@ -175,8 +176,22 @@ class AttributeEdit:
     value: int | tuple[int, ...]
 
 
-Edit = BypassEdit | ResizeEdit | AttributeEdit
-_KINDS: dict[str, type[Any]] = {"bypass": BypassEdit, "resize": ResizeEdit, "attribute": AttributeEdit}
+@dataclass(frozen=True)
+class ReplaceEdit:
+    """Replace the module at `path`, wherever it is used, by `layer`: see `trimpoint.graph.layers`."""
+
+    path: str
+    layer: Mapping[str, Any]
+
+
+Edit = BypassEdit | ResizeEdit | AttributeEdit | ReplaceEdit
+_KINDS: dict[str, type[Any]] = {
+    "bypass": BypassEdit,
+    "resize": ResizeEdit,
+    "attribute": AttributeEdit,
+    "replace": ReplaceEdit,
+}
+_FIELDS = {kind: {field.name for field in fields(edit)} - {"path"} for kind, edit in _KINDS.items()}
 
 
 def edits_to_data(edits: Sequence[Edit]) -> list[dict[str, Any]]:
@@ -224,14 +239,18 @@ def _edit(entry: Any, where: str) -> Edit:
     if not isinstance(kind, str) or kind not in _KINDS:
         hint = suggest(kind, list(_KINDS)) if isinstance(kind, str) else None
         raise ArtifactError(f"The {where} must be one of {', '.join(_KINDS)}. Got {entry!r}.", hint)
-    fields = {"bypass": {"structure"}, "resize": {"parameter", "dim", "keep"}, "attribute": {"name", "value"}}[kind]
-    if set(entry) != {"edit", "path", *fields} or not isinstance(entry["path"], str):
-        raise ArtifactError(f"The {where} ({kind}) must have path, {', '.join(sorted(fields))}. Got {sorted(entry)}.")
+    if set(entry) != {"edit", "path", *_FIELDS[kind]} or not isinstance(entry["path"], str):
+        needed = ", ".join(sorted(_FIELDS[kind]))
+        raise ArtifactError(f"The {where} ({kind}) must have path, {needed}. Got {sorted(entry)}.")
     if kind == "bypass":
         _check_structure(entry["structure"], where)
         return BypassEdit(entry["path"], entry["structure"])
     if kind == "resize":
         return _resize(entry, where)
+    if kind == "replace":
+        if problem := check_layer(entry["layer"]):
+            raise ArtifactError(f"The {where} makes no layer: {problem}.")
+        return ReplaceEdit(entry["path"], entry["layer"])
     name, value = entry["name"], entry["value"]
     if name not in ATTRIBUTES:
         raise ArtifactError(f"The {where} sets {name!r}.", suggest(str(name), ATTRIBUTES))
@@ -274,10 +293,13 @@ def _check_structure(structure: Any, where: str) -> None:
         raise ArtifactError(f"The structure of {where} is none that a bypassed block returns. Got {structure!r}.")
 
 
-def apply_edits_(module: nn.Module, edits: Sequence[Edit]) -> None:
+def apply_edits_(module: nn.Module, edits: Sequence[Edit]) -> nn.Module:
     """Apply edits in their order, in place.
 
-    Parameters keep their identity, so tied ones stay tied.
+    Parameters keep their identity, so tied ones stay tied. Those of a layer that replaces another are not initialised.
+
+    Returns:
+        The module; another one where the whole of it was replaced.
 
     Raises:
         SurgeryError: if an edit does not fit the module.
@@ -285,13 +307,18 @@ def apply_edits_(module: nn.Module, edits: Sequence[Edit]) -> None:
     for edit in edits:
         target = _get(module, edit.path)
         if isinstance(edit, BypassEdit):
+            if target is module:
+                raise SurgeryError("The whole model cannot be bypassed.", "name one of its blocks")
             replace_everywhere_(module, edit.path, Bypass(edit.structure, target))
+        elif isinstance(edit, ReplaceEdit):
+            module = replace_everywhere_(module, edit.path, layer_from_data(edit.layer, target))
         elif isinstance(edit, ResizeEdit):
             resize_(target, edit)
         else:
             if edit.name not in ATTRIBUTES or not hasattr(target, edit.name):
                 raise SurgeryError(f"The module `{edit.path}` has no attribute {edit.name!r} that may be set.")
             setattr(target, edit.name, edit.value)
+    return module
 
 
 def _get(module: nn.Module, path: str) -> nn.Module:
@@ -302,20 +329,21 @@ def _get(module: nn.Module, path: str) -> nn.Module:
         raise SurgeryError(f"The model has no module `{path}`.", suggest(path, names)) from error
 
 
-def replace_everywhere_(module: nn.Module, path: str, replacement: nn.Module) -> None:
-    """Put `replacement` wherever the module at `path` is held.
+def replace_everywhere_(module: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
+    """Put `replacement` wherever the module at `path` is held; return the model, which is another one for the root.
 
     Raises:
-        SurgeryError: if `path` is the root, or there is no such module.
+        SurgeryError: if there is no such module.
     """
     old = _get(module, path)
-    if old is module:
-        raise SurgeryError("The whole model cannot be replaced.", "name one of its modules")
     replacement.train(old.training)
+    if old is module:
+        return replacement
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:
                 parent._modules[name] = replacement
+    return module
 
 
 def resize_(module: nn.Module, edit: ResizeEdit) -> None:

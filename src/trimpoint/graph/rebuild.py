@@ -72,7 +72,7 @@ def rebuild(directory: Path | str, factory: Callable[[], nn.Module]) -> nn.Modul
         raise ArtifactError(f"The factory must return a torch.nn.Module. Got {type(module).__name__}.")
     hint = "the factory must make the architecture that was compressed"
     try:
-        apply_edits_(module, edits)
+        module = apply_edits_(module, edits)
     except SurgeryError as error:
         raise ArtifactError(f"The edits do not fit what the factory makes: {error.message}", hint) from error
     state = _read_weights(directory / WEIGHTS)

@@ -13,6 +13,7 @@ from trimpoint.graph.edits import (
     Bypass,
     BypassEdit,
     Edit,
+    ReplaceEdit,
     ResizeEdit,
     apply_edits_,
     edits_from_data,
@@ -21,6 +22,7 @@ from trimpoint.graph.edits import (
     returned_structure,
     tensors_in,
 )
+from trimpoint.graph.layers import layer_to_data
 from trimpoint.losses import call
 from trimpoint.values import Group
 
@@ -29,12 +31,14 @@ __all__ = [
     "Bypass",
     "BypassEdit",
     "Edit",
+    "ReplaceEdit",
     "ResizeEdit",
     "apply_edits_",
     "bypass_",
     "edits_from_data",
     "edits_to_data",
     "remove_units_",
+    "replace_",
 ]
 
 # What a model's forward pass raises when sizes no longer fit.
@@ -103,6 +107,48 @@ def bypass_(module: nn.Module, path: str, inputs: Any) -> list[Edit]:
             raise SurgeryError(f"Without the block `{path}` {reason}")
     bypass.train(block.training)
     return [BypassEdit(path, recorded[0])]
+
+
+def replace_(module: nn.Module, path: str, layer: nn.Module, inputs: Any) -> tuple[nn.Module, list[Edit]]:
+    """Put `layer` wherever the module at `path` is used, in place, and check that the model runs and calls it.
+
+    Args:
+        module: the model.
+        path: of the module; the model itself is `""`.
+        layer: of the vocabulary of `trimpoint.graph.layers`, or of the same class and sizes as the module.
+        inputs: a batch to run the model on; `None` for no check.
+
+    Returns:
+        The model (another one where the whole of it was replaced), and the edits, to be replayed by `apply_edits_`.
+
+    Raises:
+        SurgeryError: if the layer is not of the vocabulary, or the model does not run with it, or never calls it; the
+            model is then as it was.
+    """
+    old = module.get_submodule(path)
+    edits: list[Edit] = [] if _alike(old, layer) else [ReplaceEdit(path, layer_to_data(layer))]
+    if inputs is None:
+        return replace_everywhere_(module, path, layer), edits
+    calls: list[None] = []
+    with _evaluating(module):
+        before = _run(module, inputs)
+        changed = replace_everywhere_(module, path, layer)
+        handle = layer.register_forward_hook(lambda *_: calls.append(None))
+        reason = _check_shapes(changed, inputs, before)
+        handle.remove()
+        if not reason and not calls:
+            reason = "the model reads the weight of the layer, it does not call it"
+        if reason:
+            replace_everywhere_(changed, path, old)
+            raise SurgeryError(f"With a {type(layer).__name__} in the place of `{path}` {reason}")
+    layer.train(old.training)
+    return changed, edits
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two modules differ in nothing but the values of their tensors."""
+    shapes = [{name: (t.shape, t.dtype) for name, t in part.state_dict().items()} for part in (one, other)]
+    return type(one) is type(other) and shapes[0] == shapes[1] and repr(one) == repr(other)
 
 
 def _check_shapes(module: nn.Module, inputs: Any, before: Sequence[Tensor]) -> str:

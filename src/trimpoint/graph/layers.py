@@ -1,0 +1,158 @@
+"""Layers that can stand where another one was: a closed vocabulary, so that a file that names one imports nothing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimpoint.errors import SurgeryError
+
+_MOST = 1 << 31
+
+
+class LowRank(nn.Sequential):
+    """Thin layers in a row, in the place of one layer; what asks for the sizes or the weight of that one finds them.
+
+    Example:
+        >>> LowRank(nn.Linear(8, 2, bias=False), nn.Linear(2, 4)).weight.shape
+        torch.Size([4, 8])
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("in_features", "in_channels", "stride", "padding", "dilation"):
+            return getattr(self[0], name)
+        if name in ("out_features", "out_channels", "embedding_dim", "bias"):
+            return getattr(self[-1], "out_features" if name == "embedding_dim" else name)
+        if name in ("num_embeddings", "padding_idx"):
+            return getattr(self[0], name)
+        if name == "weight":
+            return self._composed()
+        return super().__getattr__(name)
+
+    def _composed(self) -> Tensor:
+        weights = [cast(Tensor, part.weight) for part in self]
+        if any(weight.ndim != 2 for weight in weights):
+            raise AttributeError("several convolutions have no common weight")
+        product = weights[0]
+        for weight in weights[1:]:
+            product = product @ weight.T if isinstance(self[0], nn.Embedding) else weight @ product
+        return product
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A layer of the vocabulary: its class and the arguments that make it again, each an attribute of the layer."""
+
+    type: type[nn.Module]
+    arguments: tuple[str, ...]
+
+
+_CONVOLUTION = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "bias",
+    "padding_mode",
+)
+_KINDS: dict[str, _Kind] = {
+    "linear": _Kind(nn.Linear, ("in_features", "out_features", "bias")),
+    "conv1d": _Kind(nn.Conv1d, _CONVOLUTION),
+    "conv2d": _Kind(nn.Conv2d, _CONVOLUTION),
+    "conv3d": _Kind(nn.Conv3d, _CONVOLUTION),
+    "embedding": _Kind(nn.Embedding, ("num_embeddings", "embedding_dim", "padding_idx")),
+}
+_LOW_RANK = "low_rank"
+
+
+def layer_to_data(module: nn.Module) -> dict[str, Any]:
+    """Return a layer of the vocabulary as JSON data, without its weights.
+
+    Raises:
+        SurgeryError: if the layer is of another class.
+
+    Example:
+        >>> layer_to_data(nn.Linear(8, 4, bias=False))
+        {'layer': 'linear', 'in_features': 8, 'out_features': 4, 'bias': False}
+    """
+    if type(module) is LowRank:
+        return {"layer": _LOW_RANK, "parts": [layer_to_data(part) for part in module]}
+    for name, kind in _KINDS.items():
+        if type(module) is kind.type:
+            values = {key: getattr(module, key) for key in kind.arguments}
+            if "bias" in values:
+                values["bias"] = values["bias"] is not None
+            plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+            return {"layer": name, **plain}
+    raise SurgeryError(
+        f"A {type(module).__name__} cannot stand in the place of a layer.",
+        f"take one of {', '.join(kind.type.__name__ for kind in _KINDS.values())}, or a LowRank of them",
+    )
+
+
+def check_layer(data: Any) -> str:
+    """Return what is wrong with the JSON form of a layer, or `""`."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("layer"), str):
+        return f"a layer is a mapping with its name. Got {data!r}"
+    if data["layer"] == _LOW_RANK:
+        parts = data.get("parts")
+        if set(data) != {"layer", "parts"} or not isinstance(parts, list) or not 1 <= len(parts) <= 8:
+            return f"a low_rank layer has one to eight parts. Got {data!r}"
+        if any(isinstance(part, Mapping) and part.get("layer") == _LOW_RANK for part in parts):
+            return "a low_rank layer does not hold another"
+        return next((problem for part in parts if (problem := check_layer(part))), "")
+    if data["layer"] not in _KINDS:
+        return f"the layers are {', '.join((*_KINDS, _LOW_RANK))}. Got {data['layer']!r}"
+    if set(data) != {"layer", *_KINDS[data["layer"]].arguments}:
+        return f"a {data['layer']} has {', '.join(_KINDS[data['layer']].arguments)}. Got {sorted(data)}"
+    bad = [key for key, value in data.items() if key != "layer" and not _sound(key, value)]
+    return f"{bad[0]!r} of a {data['layer']} must not be {data[bad[0]]!r}" if bad else ""
+
+
+def _sound(key: str, value: Any) -> bool:
+    if key == "bias":
+        return isinstance(value, bool)
+    if key == "padding_mode":
+        return value in ("zeros", "reflect", "replicate", "circular")
+    if key == "padding_idx" and value is None:
+        return True
+    if key == "padding" and value in ("same", "valid"):
+        return True
+    least = 0 if key in ("padding", "padding_idx") else 1
+    if isinstance(value, list):
+        return 1 <= len(value) <= 3 and all(_whole(item, least) for item in value)
+    return _whole(value, least)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < _MOST
+
+
+def layer_from_data(data: Mapping[str, Any], like: nn.Module) -> nn.Module:
+    """Make a layer from its JSON form; its weights are not initialised.
+
+    Args:
+        data: sound, see `check_layer`.
+        like: the layer in whose place it will stand: device and type of the weights are taken from it.
+
+    Raises:
+        SurgeryError: if no such layer can be made.
+    """
+    old = next((p for p in like.parameters() if p.is_floating_point()), torch.empty(0))
+    with torch.random.fork_rng(devices=[]):
+        return _made(data).to_empty(device=old.device).to(old.dtype)
+
+
+def _made(data: Mapping[str, Any]) -> nn.Module:
+    if data["layer"] == _LOW_RANK:
+        return LowRank(*(_made(part) for part in cast(Sequence[Any], data["parts"])))
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items() if key != "layer"}
+    try:
+        return _KINDS[data["layer"]].type(**values, device="meta")
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise SurgeryError(f"The layer {dict(data)!r} cannot be made: {error}") from error

@@ -15,7 +15,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "trimpoint"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "values", "filters", "signature", "progress", "budget", "reference", "extras", "storage"),
+    ("errors", "values", "parts", "filters", "signature", "progress", "budget", "reference", "extras", "storage"),
     ("score", "data", "losses", "method", "task", "target", "plan"),
     ("graph", "measure", "runtimes", "recover", "methods", "demo"),
     ("build", "context", "compress", "manifest", "parity", "model_card", "artifact", "trust"),

@@ -6,14 +6,12 @@ import math
 import pytest
 
 from trimpoint.errors import TrimpointError
+from trimpoint.parts import Block, Group, Member
 from trimpoint.values import (
-    Block,
     Certificate,
     Change,
     Format,
-    Group,
     Measurement,
-    Member,
     Profile,
     Quality,
     Trial,

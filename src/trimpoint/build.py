@@ -14,8 +14,9 @@ from trimpoint.errors import DataError, TraceError
 from trimpoint.graph import Edit, coupled_groups, find_blocks, trace
 from trimpoint.losses import call
 from trimpoint.method import Fact
+from trimpoint.parts import Block, Group
 from trimpoint.task import Task
-from trimpoint.values import Block, Change, Format, Group
+from trimpoint.values import Change, Format
 
 
 @dataclass(kw_only=True)

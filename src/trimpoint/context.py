@@ -15,6 +15,7 @@ from trimpoint.filters import EVERYTHING
 from trimpoint.graph import bypass_, remove_units_, replace_
 from trimpoint.losses import call
 from trimpoint.method import ALL_FACTS, Context, Site
+from trimpoint.parts import Block, Group
 from trimpoint.plan import Step
 from trimpoint.recover.batches import epoch_batches, mix
 from trimpoint.recover.distill import Distillation, DistillationLoss, Teacher
@@ -22,7 +23,7 @@ from trimpoint.recover.recipe import Recovery, check_batches
 from trimpoint.recover.trainer import train
 from trimpoint.signature import flatten
 from trimpoint.task import Task
-from trimpoint.values import Block, Change, ChangeKind, Format, Group
+from trimpoint.values import Change, ChangeKind, Format
 
 Progress = Callable[[int, str, float], None]
 Lesson = tuple[Callable[[nn.Module, Any], Tensor], Callable[[int], int]]

@@ -17,7 +17,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trimpoint.errors import InvalidParameterError, PlanError, UnknownNameError, suggest
-from trimpoint.values import Block, Format, Group
+from trimpoint.parts import Block, Group
+from trimpoint.values import Format
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,9 +14,9 @@ from trimpoint.filters import Glob
 from trimpoint.graph import Bypass
 from trimpoint.method import Fact
 from trimpoint.methods.drop_blocks import DropBlocks, least, spread
+from trimpoint.parts import Block
 from trimpoint.plan import Plan, Step
 from trimpoint.task import Task
-from trimpoint.values import Block
 
 
 def make_blocks(*families):

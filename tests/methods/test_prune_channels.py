@@ -13,9 +13,9 @@ from trimpoint.filters import Glob
 from trimpoint.graph import coupled_groups, trace
 from trimpoint.method import Fact
 from trimpoint.methods.prune_channels import PruneChannels, aligned, magnitude, taylor
+from trimpoint.parts import Group, Member
 from trimpoint.plan import Plan, Step
 from trimpoint.task import Task, cross_entropy
-from trimpoint.values import Group, Member
 
 
 class Plain(nn.Module):

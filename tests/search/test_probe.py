@@ -4,11 +4,11 @@ from trimpoint.method import Fact
 from trimpoint.methods.drop_blocks import DropBlocks
 from trimpoint.methods.prune_channels import PruneChannels
 from trimpoint.methods.quantize_static import QuantizeStatic
+from trimpoint.parts import Block
 from trimpoint.plan import Step
 from trimpoint.progress import SILENT
 from trimpoint.runtimes.base import OperatorTime
 from trimpoint.search.probe import probe
-from trimpoint.values import Block
 
 BLOCKS = tuple(Block(path=f"blocks.{i}", shape=(1, 8), params=100, family="a") for i in range(4))
 LEAVES = {**{f"blocks.{i}.conv": 100 for i in range(4)}, "head": 100}

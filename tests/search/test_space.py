@@ -9,6 +9,7 @@ from trimpoint.filters import Glob
 from trimpoint.method import Stage
 from trimpoint.methods.drop_blocks import DropBlocks
 from trimpoint.methods.prune_channels import PruneChannels
+from trimpoint.parts import Block, Group, Member
 from trimpoint.plan import Step
 from trimpoint.runtimes.base import OperatorTime
 from trimpoint.score import Accuracy
@@ -27,7 +28,6 @@ from trimpoint.search.space import (
     work_by_kind,
 )
 from trimpoint.task import Task, cross_entropy
-from trimpoint.values import Block, Group, Member
 
 BLOCKS = tuple(Block(path=f"stages.{i}", shape=(1, 8), params=100, family="a") for i in range(4))
 OUT = Member(path="stages.0.conv", parameter="weight", dim=0, indices=tuple((i,) for i in range(16)), role="out")

@@ -16,7 +16,7 @@ from trimpoint.graph.edits import returned_structure, tensors_in
 from trimpoint.graph.operators import name_of
 from trimpoint.graph.trace import trace
 from trimpoint.losses import call
-from trimpoint.values import Block
+from trimpoint.parts import Block
 
 # A stack holds at least this share of its parameters in blocks that are alike; half is enough for the trunk, which
 # holds at least half of the model's parameters.

@@ -14,7 +14,7 @@ import torch
 from trimpoint.graph.atoms import Atoms, Dimension, Owner, Role, compact, ragged
 from trimpoint.graph.propagate import Propagation
 from trimpoint.graph.trace import Trace
-from trimpoint.values import Group, Member
+from trimpoint.parts import Group, Member
 
 _ONE = "has a single unit"
 _TWICE = "a parameter is used both in a layer and as a plain tensor"

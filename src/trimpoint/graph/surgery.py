@@ -24,7 +24,7 @@ from trimpoint.graph.edits import (
 )
 from trimpoint.graph.layers import layer_to_data
 from trimpoint.losses import call
-from trimpoint.values import Group
+from trimpoint.parts import Group
 
 __all__ = [
     "AttributeEdit",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from trimpoint.errors import UnknownNameError, suggest
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
+from trimpoint.parts import Block, Group
 from trimpoint.signature import flatten
-from trimpoint.values import Block, Group
 
 MOST_VARIANTS = 256
 """Combinations that a search considers at most; beyond, every other count of the largest family is left out."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from trimpoint.errors import DataError
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
+from trimpoint.parts import Block, Group, Member
 from trimpoint.task import Task
-from trimpoint.values import Block, Group, Member
 
 _RUNNING = ("running_mean", "running_var")
 

@@ -11,12 +11,12 @@ from typing import Any, Protocol
 
 from trimpoint.filters import EVERYTHING, Filter
 from trimpoint.method import Method
+from trimpoint.parts import Block, Group
 from trimpoint.plan import Plan, Step
 from trimpoint.progress import Progress
 from trimpoint.runtimes.base import OperatorTime
 from trimpoint.search.contain import contained, words
 from trimpoint.search.space import Structure, forecast, merit, proposals, structures
-from trimpoint.values import Block, Group
 
 WORTH = 0.98
 """A kind of change is worth trying when it brings speed and size together below this share of the baseline."""

@@ -10,10 +10,10 @@ from torch import nn
 
 from trimpoint.filters import EVERYTHING, Filter
 from trimpoint.method import Method, Stage, all_methods
+from trimpoint.parts import Block, Group
 from trimpoint.plan import Step
 from trimpoint.runtimes.base import OperatorTime
 from trimpoint.task import Task
-from trimpoint.values import Block, Group
 
 MOST_STRUCTURES = 4_000
 LIMIT_SLACK = 1.03

@@ -24,6 +24,7 @@ from trimpoint.measure.process import ArtifactFiles
 from trimpoint.measure.profile import artifact_profile, static_profile
 from trimpoint.measure.quality import Evaluation, evaluate, forecast_upper, quality
 from trimpoint.method import Stage
+from trimpoint.parts import Block, Group
 from trimpoint.plan import Plan, Step
 from trimpoint.progress import SILENT, Progress
 from trimpoint.recover.recipe import Recovery, steps_in_epoch
@@ -39,7 +40,7 @@ from trimpoint.signature import Signature
 from trimpoint.target import Target
 from trimpoint.task import Task
 from trimpoint.trust.bounds import resampled_upper
-from trimpoint.values import Block, Group, Measurement, Profile, Quality, Trial, from_data, to_data
+from trimpoint.values import Measurement, Profile, Quality, Trial, from_data, to_data
 
 CALIBRATION_SAMPLES = 512
 RECORDS = "records.npy"

@@ -1,0 +1,71 @@
+"""Parts of a model that can be removed: units of coupled groups, and blocks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One dimension of one parameter that belongs to a coupled group.
+
+    Args:
+        path: of the module that owns the parameter.
+        parameter: its name in that module (`"weight"`, `"bias"`, `"running_mean"`, …).
+        dim: the dimension.
+        indices: `indices[unit]` are the positions along `dim` that go when `unit` of the group goes.
+        role: whether this parameter produces the channels (an output dimension), consumes them (an input dimension)
+            or passes them through (norms, depthwise).
+    """
+
+    path: str
+    parameter: str
+    dim: int
+    indices: tuple[tuple[int, ...], ...]
+    role: Literal["out", "in", "through"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Units that can only be removed whole, over all the parameters that they run through.
+
+    Args:
+        members: every dimension that loses positions when a unit is removed.
+        size: number of removable units (channels, neurons, attention heads, hidden units of a recurrent layer).
+        reason: why the group must not be touched; empty when it is removable.
+        label: its name, where the path of its first producer would not be unique.
+        kind: what a unit is: a channel of a convolution or a neuron, an attention head, or a hidden unit of a recurrent
+            layer.
+        alike: groups in which this is the same, and not empty, must keep equally many units, such as the layers of one
+            LSTM module.
+    """
+
+    members: tuple[Member, ...]
+    size: int
+    reason: str = ""
+    label: str = ""
+    kind: Literal["channels", "heads", "hidden"] = "channels"
+    alike: str = ""
+
+    @property
+    def name(self) -> str:
+        """Path of the first module that produces the channels, or `label`: a stable, readable, unique name."""
+        return self.label or next(
+            (member.path for member in self.members if member.role == "out"), self.members[0].path
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A module that can be bypassed because its output has the structure and shapes of its first input.
+
+    Args:
+        path: of the module.
+        shape: of its output for the example input, batch included.
+        params: how many parameters it owns.
+        family: what blocks that can stand for each other share (type and shape); one stage of a ResNet is one family.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    params: int
+    family: str

@@ -284,7 +284,7 @@ class _Context(Context):
                 yield path, f"left as it is by {self._name}"
             if acts_on == "groups" and any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 yield path, "no removable group begins here"
-        if not self._changes and acts_on in ("blocks", "model"):
+        if not self._changes:
             yield "", f"nothing in scope that {self._name} acts on"
 
     def _aliases(self, module: nn.Module) -> list[str]:

@@ -41,6 +41,42 @@ class LowRank(nn.Sequential):
         return product
 
 
+class PrunedVocabulary(nn.Module):
+    """An embedding that holds some of its rows; every other id reads the last row, the unknown one.
+
+    Args:
+        num_embeddings: number of ids, as before.
+        embedding_dim: length of a row.
+        rows: number of rows that are held.
+        padding_row: the row that gets no gradient.
+        device: of the weights.
+    """
+
+    remap: Tensor
+    """`[num_embeddings]`: the row of each id."""
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, rows: int, padding_row: int | None = None, device: Any = None
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.rows, self.padding_row = (
+            num_embeddings,
+            embedding_dim,
+            rows,
+            padding_row,
+        )
+        self.table = nn.Embedding(rows, embedding_dim, padding_idx=padding_row, device=device)
+        self.register_buffer("remap", torch.zeros(num_embeddings, dtype=torch.int32, device=device))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of `ids`, `[..., embedding_dim]`."""
+        return self.table(self.remap[ids])  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Show how many ids there are."""
+        return f"{self.num_embeddings} ids"
+
+
 @dataclass(frozen=True)
 class _Kind:
     """A layer of the vocabulary: its class and the arguments that make it again, each an attribute of the layer."""
@@ -66,6 +102,7 @@ _KINDS: dict[str, _Kind] = {
     "conv2d": _Kind(nn.Conv2d, _CONVOLUTION),
     "conv3d": _Kind(nn.Conv3d, _CONVOLUTION),
     "embedding": _Kind(nn.Embedding, ("num_embeddings", "embedding_dim", "padding_idx")),
+    "pruned_vocabulary": _Kind(PrunedVocabulary, ("num_embeddings", "embedding_dim", "rows", "padding_row")),
 }
 _LOW_RANK = "low_rank"
 
@@ -119,11 +156,11 @@ def _sound(key: str, value: Any) -> bool:
         return isinstance(value, bool)
     if key == "padding_mode":
         return value in ("zeros", "reflect", "replicate", "circular")
-    if key == "padding_idx" and value is None:
+    if key in ("padding_idx", "padding_row") and value is None:
         return True
     if key == "padding" and value in ("same", "valid"):
         return True
-    least = 0 if key in ("padding", "padding_idx") else 1
+    least = 0 if key in ("padding", "padding_idx", "padding_row") else 1
     if isinstance(value, list):
         return 1 <= len(value) <= 3 and all(_whole(item, least) for item in value)
     return _whole(value, least)

@@ -122,7 +122,7 @@ class MaskedTransformer(nn.Module):
 
     def __init__(self, depth: int = 3) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(50, 16), nn.Embedding(16, 16)
+        self.tokens, self.positions = nn.Embedding(240, 16), nn.Embedding(16, 16)
         self.layers = nn.ModuleList(EncoderLayer(16, 2) for _ in range(depth))
         self.norm = nn.LayerNorm(16)
         self.head = nn.Linear(16, 4)

@@ -1,0 +1,179 @@
+"""Remove the rows of an embedding that the task's data never needs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trimpoint.graph.layers import PrunedVocabulary
+from trimpoint.losses import call
+from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
+from trimpoint.signature import flatten
+from trimpoint.task import Role, Task
+
+_ID_BYTES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneVocabulary(Method):
+    """Keep the rows of a vocabulary whose ids occur in the training and calibration data; the others become unknown.
+
+    The model goes on taking the same ids: a table of four bytes an id leads each to its row, and those without a row
+    to one that stands for the unknown: the mean of the rows that went, or the row of an id of your own.
+
+    When it pays:
+        For a model that was pretrained on a large vocabulary and serves a narrow task: the embedding is often half of
+        the file. It makes nothing faster: a row is read by its number, however many there are.
+    What it costs:
+        Words that were never seen in training lose their meaning. The change says what share of the tokens in `select`
+        that concerns: where it is more than a few in a thousand, give more data.
+    Needs:
+        `train` data; ids that are an input of the model as they are.
+    Leaves alone:
+        Embeddings that are tied to another layer, read something other than an input of the model (such as positions),
+        or would not become smaller.
+
+    References:
+        Abdaoui, Pradel and Sigel, "Load what you need: smaller versions of multilingual BERT" (2020).
+    """
+
+    min_count: int = param(
+        1,
+        doc="how often an id must occur in `train` and `calibrate` together to keep its row; 0 keeps all",
+        bounds=Bounds(ge=0),
+        noop=0,
+    )
+    unknown: int | None = param(
+        None,
+        doc="id whose row stands for all ids without one; by default the mean of their rows",
+        bounds=Bounds(ge=0),
+    )
+
+    traits: ClassVar[Traits] = Traits(
+        stage=Stage.STRUCTURE,
+        targets=("Embedding",),
+        requires=Fact.FLOAT_WEIGHT,
+        removes=Fact.ORIGINAL_SHAPE,
+        reduces=frozenset({"params", "file_bytes"}),
+        needs=frozenset({"train"}),
+        status="experimental",
+    )
+
+    def apply(self, ctx: Context) -> None:
+        """Replace every embedding in scope that becomes smaller."""
+        sites = [site for site in ctx.modules() if not self._unfit(ctx, site)]
+        if not sites or ctx.task is None:
+            return
+        read = _leaves_read(ctx.module, ctx.task, [site.path for site in sites])
+        for site in sites:
+            leaves = read[site.path]
+            if not leaves:
+                ctx.skip(site.path, "what it reads is no input of the model as it is, so its ids cannot be counted")
+                continue
+            self._prune(ctx, site, leaves)
+
+    def _unfit(self, ctx: Context, site: Site) -> bool:
+        reason = ""
+        if self.min_count == 0:
+            reason = "min_count=0 keeps every row"
+        elif site.tied:
+            reason = "its weight is tied to another layer's"
+        elif type(site.module) is not nn.Embedding or site.module.max_norm is not None:
+            reason = f"a {type(site.module).__name__} does more than to look rows up"
+        if reason:
+            ctx.skip(site.path, reason)
+        return bool(reason)
+
+    def _prune(self, ctx: Context, site: Site, leaves: Sequence[int]) -> None:
+        embedding, task = site.module, ctx.task
+        assert isinstance(embedding, nn.Embedding) and task is not None  # noqa: S101, PT018
+        counts = sum(
+            (_counts(task, role, leaves, embedding.num_embeddings) for role in ("train", "calibrate")),
+            torch.zeros(embedding.num_embeddings, dtype=torch.long),
+        )
+        kept = counts >= self.min_count
+        for special in (embedding.padding_idx, self.unknown):
+            if special is not None and special < len(kept):
+                kept[special] = True
+        gone = int((~kept).sum())
+        row_bytes = embedding.embedding_dim * embedding.weight.element_size()
+        if gone == 0 or (gone - 1) * row_bytes <= len(kept) * _ID_BYTES:
+            ctx.skip(
+                site.path,
+                f"{gone:,} of {len(kept):,} rows are not needed: the table that leads ids to rows would be larger",
+            )
+            return
+        unknown = _counts(task, "select", leaves, len(kept)) if task.has("select") else torch.zeros_like(counts)
+        share = float(unknown[~kept].sum()) / max(1, int(unknown.sum()))
+        reason = f"{gone:,} of {len(kept):,} rows go"
+        if task.has("select"):
+            reason += f"; {share:.2%} of the ids in `select` are unknown now"
+        ctx.replace(site.path, pruned(embedding, kept, self.unknown), reason)
+
+
+@torch.no_grad()
+def pruned(embedding: nn.Embedding, kept: Tensor, unknown: int | None = None) -> PrunedVocabulary:
+    """Return an embedding with the rows `kept`, and a last one for all other ids.
+
+    Args:
+        embedding: `[num_embeddings, embedding_dim]`.
+        kept: `[num_embeddings]`, boolean, not all of them true.
+        unknown: id whose row the other ids read; by default a row of its own, the mean of those that go.
+    """
+    rows = embedding.weight[kept]
+    new = torch.cumsum(kept, 0) - 1
+    if unknown is None:
+        mean = embedding.weight[~kept].double().mean(0, keepdim=True).to(rows.dtype)
+        rows = torch.cat([rows, mean])
+    other = len(rows) - 1 if unknown is None else int(new[unknown])
+    padding = None if embedding.padding_idx is None else int(new[embedding.padding_idx])
+    with torch.random.fork_rng(devices=[]):
+        made = PrunedVocabulary(embedding.num_embeddings, embedding.embedding_dim, len(rows), padding)
+    result = made.to(rows.device, rows.dtype)
+    result.table.weight.copy_(rows).requires_grad_(embedding.weight.requires_grad)
+    result.remap.copy_(torch.where(kept, new, other))
+    return result
+
+
+def _leaves_read(model: nn.Module, task: Task, paths: Sequence[str]) -> dict[str, list[int]]:
+    """Return for each embedding which inputs of the model it reads as they are; none where it reads anything else."""
+    inputs = task.example_batch(2)
+    leaves: list[Any] = flatten(inputs)
+    read: dict[str, list[int]] = {path: [] for path in paths}
+    other: set[str] = set()
+
+    def watch(path: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids = next(iter((*args, *kwargs.values())), None)
+            same = [i for i, leaf in enumerate(leaves) if isinstance(ids, Tensor) and _same(leaf, ids)]
+            read[path] += same
+            if not same:
+                other.add(path)
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in paths]
+    try:
+        with torch.no_grad():
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: [] if path in other else sorted(set(found)) for path, found in read.items()}
+
+
+def _same(leaf: Any, ids: Tensor) -> bool:
+    return isinstance(leaf, Tensor) and not leaf.is_floating_point() and torch.equal(leaf, ids.to(leaf.dtype))
+
+
+def _counts(task: Task, role: Role, leaves: Sequence[int], size: int) -> Tensor:
+    """Return how often each id occurs in the inputs `leaves` of a role, `[size]`; zeros without that data."""
+    total = torch.zeros(size, dtype=torch.long)
+    if task.has(role):
+        for inputs, _ in task.batches(role):
+            found = flatten(inputs)
+            for leaf in leaves:
+                total += torch.bincount(found[leaf].flatten().long(), minlength=size)[:size]
+    return total

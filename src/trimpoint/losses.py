@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimpoint.errors import DataError
+
+_STILL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
 
 
 def call(model: Callable[..., Any], inputs: Any) -> Any:
@@ -14,6 +16,21 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def for_loss_(model: nn.Module, *, inner: bool) -> nn.Module:
+    """Put a model into the mode in which its loss can be taken without changing it, and return it.
+
+    Args:
+        model: its mode changes.
+        inner: whether the loss is taken inside the model, which may exist in training mode only: then norms and
+            whatever drops values are in evaluation mode, the rest in training mode.
+    """
+    model.train(inner)
+    for part in model.modules():
+        if isinstance(part, _STILL):
+            part.eval()
+    return model
 
 
 def main_tensor(outputs: Any) -> Tensor:

@@ -9,14 +9,14 @@ from torch.utils.data import TensorDataset
 
 from trimpoint.compress import compress
 from trimpoint.demo.resnet import ResNet
-from trimpoint.errors import DataError, InvalidParameterError, UnknownNameError
+from trimpoint.errors import DataError, InvalidParameterError, SurgeryError, UnknownNameError
 from trimpoint.filters import Glob
 from trimpoint.graph import Bypass
 from trimpoint.method import Fact
 from trimpoint.methods.drop_blocks import DropBlocks, least, spread
 from trimpoint.parts import Block
 from trimpoint.plan import Plan, Step
-from trimpoint.task import Task
+from trimpoint.task import Task, cross_entropy
 
 
 def make_blocks(*families):
@@ -147,13 +147,91 @@ def test_influence_needs_calibration_data(model, task):
         compress(model, plan, Task(example=torch.zeros(1, 8, 8)))
 
 
-@pytest.mark.parametrize("path", ["stages.1.0", "stages.9.9"])
-def test_named_block_that_cannot_go(model, task, path):
+def test_named_block_that_cannot_go(model, task):
     with pytest.raises(UnknownNameError, match=r"no block in scope that can be removed[\s\S]*hint"):
-        compress(model, Plan((Step(DropBlocks(blocks=(path,))),)), task)
+        compress(model, Plan().then(DropBlocks(blocks=("stages.9.9",))), task)
+    with pytest.raises(SurgeryError, match="must have the shape of its first input"):
+        compress(model, Plan().then(DropBlocks(blocks=("stages.1.0",))), task)
 
 
 @pytest.mark.parametrize("wrong", [{"ratio": 1.5}, {"rank": "first"}, {"blocks": "layer.0"}])
 def test_parameters_out_of_range(wrong):
     with pytest.raises(InvalidParameterError, match=next(iter(wrong))):
         DropBlocks(**wrong)
+
+
+# Ranks that look at the loss
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small residual network that has learnt something, its task, and the loss without each of its blocks."""
+    torch.manual_seed(0)
+    model = ResNet(widths=(8, 16), depth=3)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(192, 1, 8, 8, generator=generator)
+    y = (x[:, 0, :4].mean((1, 2)) > x[:, 0, 4:].mean((1, 2))).long()
+    data = TensorDataset(x[:128], y[:128])
+    task = Task(train=data, calibrate=TensorDataset(x[128:], y[128:]), loss=cross_entropy, batch_size=32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for _ in range(40):
+        for start in range(0, 128, 32):
+            optimizer.zero_grad()
+            cross_entropy(model(x[start : start + 32]), y[start : start + 32]).backward()
+            optimizer.step()
+    return model.eval(), task
+
+
+def loss_without(model, task, *paths):
+    made = compress(model, Plan().then(DropBlocks(blocks=paths)), task).module
+    (batch,) = list(task.batches("calibrate", size=64))
+    with torch.no_grad():
+        return float(cross_entropy(made(batch[0]), batch[1]))
+
+
+def test_blocks_without_which_the_loss_rises_least_go(trained):
+    model, task = trained
+    paths = [f"stages.{s}.{i}" for s in (0, 1) for i in range(3) if (s, i) != (1, 0)]
+    losses = {path: loss_without(model, task, path) for path in paths}
+    result = compress(model, Plan().then(DropBlocks(ratio=0.4, rank="loss")), task)
+    assert dropped(result) == least(losses, 2)
+    (reason,) = [c.reason for c in result.changes if c.origin == dropped(result)[0]]
+    assert reason == f"a loss of {losses[dropped(result)[0]]:.4g} without it"
+
+
+def test_greedy_without_recovery_ranks_anew_after_each_removal(trained):
+    model, task = trained
+    paths = [f"stages.{s}.{i}" for s in (0, 1) for i in range(3) if (s, i) != (1, 0)]
+    chosen = []
+    for _ in range(3):
+        rest = {p: loss_without(model, task, *chosen, p) for p in paths if p not in chosen}
+        chosen.append(min(rest, key=rest.get))
+    result = compress(model, Plan().then(DropBlocks(ratio=0.6, rank="greedy", rank_steps=0)), task)
+    assert dropped(result) == [path for path in paths if path in chosen]
+
+
+def test_greedy_with_recovery_leaves_the_weights_alone(trained):
+    model, task = trained
+    plan = Plan().then(DropBlocks(ratio=0.4, rank="greedy", rank_steps=4))
+    first, again = (compress(model, plan, task) for _ in range(2))
+    assert len(dropped(first)) == 2
+    assert dropped(first) == dropped(again)
+    own = dict(model.named_parameters())
+    assert all(torch.equal(value, own[name]) for name, value in first.module.named_parameters())
+
+
+@pytest.mark.parametrize(("rank", "role"), [("loss", "calibrate"), ("loss", "loss"), ("greedy", "train")])
+def test_ranks_by_the_loss_need_data(trained, rank, role):
+    model, task = trained
+    with pytest.raises(DataError, match=f"needs {role}"):
+        compress(model, Plan().then(DropBlocks(rank=rank)), task.with_(**{role: None}))
+
+
+def test_a_module_that_adds_nothing_to_its_input_goes_if_it_is_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)).eval()
+    task = Task(calibrate=TensorDataset(torch.randn(4, 4), torch.zeros(4)))
+    result = compress(model, Plan().then(DropBlocks(blocks=("1",))), task)
+    assert dropped(result) == ["1"]
+    with pytest.raises(UnknownNameError):
+        compress(model, Plan().then(DropBlocks(blocks=("7",))), task)

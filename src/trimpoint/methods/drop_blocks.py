@@ -1,5 +1,6 @@
 """Remove whole residual blocks and transformer layers."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +10,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimpoint.errors import UnknownNameError, suggest
+from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
+from trimpoint.graph import bypass_
+from trimpoint.losses import for_loss_
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
 from trimpoint.parts import Block, Group
+from trimpoint.recover import train
+from trimpoint.recover.batches import epoch_batches, mix
+from trimpoint.recover.recipe import short_settings
 from trimpoint.signature import flatten
+from trimpoint.task import Task
 
 MOST_VARIANTS = 256
 """Combinations that a search considers at most; beyond, every other count of the largest family is left out."""
@@ -27,16 +34,20 @@ class DropBlocks(Method):
         multiplies with quantisation.
     What it costs:
         Quality collapses until the rest is trained again; plan a recovery step behind it. What recovers best is not
-        what collapses least.
+        what collapses least, which is all that `influence` and `loss` see; `rank="greedy"` sees more, at the price of
+        one short recovery for each block that is left, for each block that goes.
     Needs:
-        Example inputs to find the blocks; `calibrate` data for `rank="influence"`.
+        Example inputs to find the blocks; `calibrate` data for `rank="influence"`, a loss as well for `rank="loss"`,
+        and `train` data as well for `rank="greedy"`.
     Leaves alone:
-        Blocks that change the shape (the first of a stage), and everything outside of blocks.
+        Blocks that change the shape (the first of a stage), and everything outside of blocks. Named in `blocks`, any
+        module goes whose output has the shape of its input.
 
     References:
         Fan, Grave and Joulin, "Reducing transformer depth on demand with structured dropout" (2020), and Sanh et al.,
         "DistilBERT" (2019), for every other layer; Sajjad et al., "On the effect of dropping layers of pre-trained
-        transformer models" (2023), for the last ones; Men et al., "ShortGPT" (2024), for block influence.
+        transformer models" (2023), for the last ones; Men et al., "ShortGPT" (2024), for block influence; Zhong et
+        al., "BlockPruner" (2024), for greedy removal by the loss with re-ranking.
     """
 
     ratio: float = param(
@@ -49,9 +60,11 @@ class DropBlocks(Method):
     blocks: tuple[str, ...] = param((), doc="paths of the blocks to remove; where given, `ratio` does not count")
     rank: str = param(
         "even",
-        doc="which go: evenly spread, the last ones, or those that change their input least",
-        choices=("even", "last", "influence"),
+        doc="which go: evenly spread, the last ones, those that change their input least, those without which the loss "
+        "rises least, or one after another those without which it has risen least after a short recovery",
+        choices=("even", "last", "influence", "loss", "greedy"),
     )
+    rank_steps: int = param(50, doc='optimizer steps of each short recovery of `rank="greedy"`', bounds=Bounds(ge=0))
 
     traits: ClassVar[Traits] = Traits(
         stage=Stage.STRUCTURE,
@@ -66,19 +79,25 @@ class DropBlocks(Method):
         blocks = ctx.blocks()
         if self.blocks:
             known = [block.path for block in blocks]
-            for path in self.blocks:
-                if path not in known:
+            for path in (path for path in self.blocks if path not in known):
+                if path not in dict(ctx.module.named_modules()) or ctx.task is None:
                     raise UnknownNameError(f"{path!r} is no block in scope that can be removed.", suggest(path, known))
+                bypass_(copy.deepcopy(ctx.module), path, ctx.task.example_batch(2))  # Says why where it cannot go.
             return self._bypass(ctx, self.blocks, dict.fromkeys(self.blocks, "named in the plan"))
         count = math.floor(self.ratio * len(blocks) + 0.5)
         if not count:
             for block in blocks:
                 ctx.skip(block.path, f"kept: {self.ratio:g} of {len(blocks)} blocks rounds to none")
             return None
-        influences = influence(ctx, [block.path for block in blocks]) if self.rank == "influence" else {}
-        chosen = least(influences, count) if influences else spread(blocks, count, last=self.rank == "last")
-        reasons = {path: f"influence {value:.4f}" for path, value in influences.items()}
-        return self._bypass(ctx, chosen, reasons)
+        paths = [block.path for block in blocks]
+        if self.rank == "influence":
+            found = influence(ctx, paths)
+            return self._bypass(ctx, least(found, count), {p: f"influence {value:.4f}" for p, value in found.items()})
+        if self.rank in ("loss", "greedy"):
+            rounds = count if self.rank == "greedy" else 1
+            chosen, losses = by_loss(ctx, paths, count, rounds, steps=self.rank_steps if rounds > 1 else 0)
+            return self._bypass(ctx, chosen, {p: f"a loss of {losses[p]:.4g} without it" for p in chosen})
+        return self._bypass(ctx, spread(blocks, count, last=self.rank == "last"), {})
 
     @classmethod
     def variants(cls, blocks: Sequence[Block], groups: Sequence[Group]) -> tuple[Method, ...]:  # noqa: ARG003
@@ -138,6 +157,71 @@ def least(influences: dict[str, float], count: int) -> list[str]:
     """Return the `count` paths of least influence, in the order given."""
     chosen = sorted(influences, key=lambda path: influences[path])[:count]
     return [path for path in influences if path in chosen]
+
+
+def by_loss(
+    ctx: Context, paths: Sequence[str], count: int, rounds: int, *, steps: int
+) -> tuple[list[str], dict[str, float]]:
+    """Choose `count` blocks by the loss on the calibration data without each of them.
+
+    Args:
+        ctx: its model is left as it is.
+        paths: of the blocks.
+        count: how many to choose.
+        rounds: in how many rounds; in each, all blocks that are left are ranked anew, without those chosen before.
+        steps: of training, after a block is left out and before the loss is taken; the best one's model is kept for the
+            next round.
+
+    Returns:
+        Paths in the order of execution, and the loss without each, when it was chosen.
+
+    Raises:
+        DataError: if the task has no calibration data or no loss, or no training data for `steps` > 0.
+    """
+    task = ctx.task
+    for need in ("calibrate", "loss", *(["train"] if steps else [])):
+        if task is None or not task.has(need):
+            raise DataError(f"This rank of blocks needs {need}. The task has none.", 'take rank="even", or give it')
+    assert task is not None  # noqa: S101
+    base, chosen, losses = copy.deepcopy(ctx.module), list[str](), dict[str, float]()
+    for turn in range(rounds):
+        found: dict[str, float] = {}
+        leader: nn.Module | None = None
+        for path in (p for p in paths if p not in chosen):
+            model = copy.deepcopy(base)
+            try:
+                bypass_(model, path, task.example_batch(2))
+            except SurgeryError as error:
+                ctx.skip(path, error.message)
+                continue
+            if steps:
+                train(
+                    model,
+                    task.loss_of,
+                    lambda epoch: (batch for _, batch in epoch_batches(task, mix(ctx.seed, epoch))),
+                    short_settings(model, steps, seed=ctx.seed),
+                )
+            loss = mean_loss(model, task)
+            if loss < min(found.values(), default=math.inf):
+                leader = model
+            found[path] = loss
+        best = least(found, -(-(count - len(chosen)) // (rounds - turn)))
+        chosen += best
+        losses |= {path: found[path] for path in best}
+        base = leader or base
+    return [path for path in paths if path in chosen], losses
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, task: Task) -> float:
+    """Return the loss of a model on the calibration data, mean over its batches weighted by their sizes."""
+    total, samples = 0.0, 0
+    for_loss_(model, inner=task.step is not None)
+    for batch in task.batches("calibrate"):
+        size = len(flatten(batch[0])[0])
+        total += float(task.loss_of(model, batch)) * size
+        samples += size
+    return total / max(1, samples)
 
 
 def influence(ctx: Context, paths: Sequence[str]) -> dict[str, float]:

@@ -60,10 +60,9 @@ class Recovery(Method):
         optimizer: Literal["sgd", "adamw"] = "sgd"
         if self.optimizer == "adamw" or (self.optimizer == "auto" and prefers_adamw(model)):
             optimizer = "adamw"
-        lr = self.sgd_lr if optimizer == "sgd" else 1e-4 if _has(model, _ATTENTION) else 1e-3
         return Settings(
             steps=max(1, round(self.epochs * effort * steps)) if self.epochs else 0,
-            lr=lr if self.lr is None else self.lr,
+            lr=_default_lr(model, optimizer, self.sgd_lr) if self.lr is None else self.lr,
             optimizer=optimizer,
             weight_decay=_WEIGHT_DECAY[optimizer] if self.weight_decay is None else self.weight_decay,
             momentum=self.momentum,
@@ -73,6 +72,23 @@ class Recovery(Method):
             clip=self.clip,
             seed=seed,
         )
+
+
+def short_settings(model: nn.Module, steps: int, *, seed: int = 0) -> Settings:
+    """Return the defaults for `steps` steps of training, without warm-up, by which candidates are compared."""
+    optimizer: Literal["sgd", "adamw"] = "adamw" if prefers_adamw(model) else "sgd"
+    return Settings(
+        steps=steps,
+        lr=_default_lr(model, optimizer, Recovery.sgd_lr),
+        optimizer=optimizer,
+        weight_decay=_WEIGHT_DECAY[optimizer],
+        clip=1.0,
+        seed=seed,
+    )
+
+
+def _default_lr(model: nn.Module, optimizer: str, sgd_lr: float) -> float:
+    return sgd_lr if optimizer == "sgd" else 1e-4 if _has(model, _ATTENTION) else 1e-3
 
 
 def prefers_adamw(model: nn.Module) -> bool:

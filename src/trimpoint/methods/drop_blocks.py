@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -178,11 +178,10 @@ def by_loss(
     Raises:
         DataError: if the task has no calibration data or no loss, or no training data for `steps` > 0.
     """
-    task = ctx.task
+    task = cast(Task, ctx.task)  # Finding the blocks needed one.
     for need in ("calibrate", "loss", *(["train"] if steps else [])):
-        if task is None or not task.has(need):
+        if not task.has(need):
             raise DataError(f"This rank of blocks needs {need}. The task has none.", 'take rank="even", or give it')
-    assert task is not None  # noqa: S101
     base, chosen, losses = copy.deepcopy(ctx.module), list[str](), dict[str, float]()
     for turn in range(rounds):
         found: dict[str, float] = {}

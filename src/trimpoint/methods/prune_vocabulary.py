@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,7 @@ class PruneVocabulary(Method):
         return bool(reason)
 
     def _prune(self, ctx: Context, site: Site, leaves: Sequence[int]) -> None:
-        embedding, task = site.module, ctx.task
-        assert isinstance(embedding, nn.Embedding) and task is not None  # noqa: S101, PT018
+        embedding, task = cast(nn.Embedding, site.module), cast(Task, ctx.task)
         counts = sum(
             (_counts(task, role, leaves, embedding.num_embeddings) for role in ("train", "calibrate")),
             torch.zeros(embedding.num_embeddings, dtype=torch.long),

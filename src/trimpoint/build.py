@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from trimpoint.errors import DataError, TraceError
 from trimpoint.graph import Edit, coupled_groups, find_blocks, trace
@@ -63,7 +64,11 @@ class Build:
         if "groups" not in self.structure:
             core, inputs, prefix = self.core()
             self.structure["groups"] = tuple(
-                replace(group, members=tuple(replace(m, path=prefix + m.path) for m in group.members))
+                replace(
+                    group,
+                    members=tuple(replace(m, path=prefix + m.path) for m in group.members),
+                    places=tuple(replace(p, path=(prefix + p.path).rstrip(".")) for p in group.places),
+                )
                 for group in coupled_groups(trace(core, inputs))
             )
         return self.structure["groups"]  # type: ignore[no-any-return]
@@ -96,8 +101,19 @@ class Build:
 
 
 def type_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of a module's class and its base classes."""
-    return tuple(kind.__name__ for kind in type(module).__mro__)
+    """Return the names of a module's class and its base classes, as they are without parametrisations."""
+    return tuple(kind.__name__ for kind in type_before_parametrizations(module).__mro__)
+
+
+def owner_of(path: str) -> str:
+    """Return the path of the module whose parametrisation is at `path`; any other path as it is.
+
+    Example:
+        >>> owner_of("head.parametrizations.weight.0"), owner_of("head")
+        ('head', 'head')
+    """
+    parts = path.split(".")
+    return ".".join(parts[: parts.index("parametrizations")]) if "parametrizations" in parts else path
 
 
 def own_shapes(module: nn.Module) -> tuple[tuple[int, ...], ...]:
@@ -113,8 +129,12 @@ def describe(module: nn.Module) -> str:
         >>> describe(nn.Conv2d(16, 32, 3))
         'Conv2d 16→32'
     """
-    name = type(module).__name__
-    for first, last in (("in_channels", "out_channels"), ("in_features", "out_features")):
+    name = type_names(module)[0]
+    for first, last in (
+        ("in_channels", "out_channels"),
+        ("in_features", "out_features"),
+        ("input_size", "hidden_size"),
+    ):
         if hasattr(module, first) and hasattr(module, last):
             return f"{name} {getattr(module, first)}→{getattr(module, last)}"
     size = next((getattr(module, key) for key in ("num_features", "normalized_shape") if hasattr(module, key)), None)

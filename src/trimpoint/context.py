@@ -9,16 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimpoint.build import Build, describe, own_shapes, type_names
+from trimpoint.build import Build, describe, own_shapes, owner_of, type_names
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
-from trimpoint.graph import bypass_, remove_units_, replace_
+from trimpoint.graph import MaskEdit, bypass_, mask_, masks_of, remove_units_, replace_
+from trimpoint.graph.masks import schedule_to_data
 from trimpoint.losses import call
 from trimpoint.method import ALL_FACTS, Context, Site
-from trimpoint.parts import Block, Group
+from trimpoint.parts import Block, Group, MaskSchedule
 from trimpoint.plan import Step
 from trimpoint.recover.batches import epoch_batches, mix
 from trimpoint.recover.distill import Distillation, DistillationLoss, Teacher
+from trimpoint.recover.penalty import Penalty
 from trimpoint.recover.recipe import Recovery, check_batches
 from trimpoint.recover.trainer import train
 from trimpoint.signature import flatten
@@ -90,8 +92,10 @@ class _Context(Context):
                 yield Site(path=path, origin=self._build.origin(path), module=module, tied=tied)
 
     def groups(self) -> tuple[Group, ...]:
-        """Return the removable groups all of whose producing modules are in scope."""
-        return tuple(group for group in self._build.groups() if self._admits(group))
+        """Return the removable groups all of whose producing modules are in scope, and those of all alike groups."""
+        admitted = {group.name: self._admits(group) for group in self._build.groups()}
+        torn = {group.alike for group in self._build.groups() if group.alike and not admitted[group.name]}
+        return tuple(group for group in self._build.groups() if admitted[group.name] and group.alike not in torn)
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the blocks in scope that could be bypassed when the step began."""
@@ -111,9 +115,10 @@ class _Context(Context):
 
     def resize(self, removals: Mapping[str, Sequence[int]]) -> None:
         """Remove units from groups, all at once."""
-        groups = [group for group in self._build.groups() if removals.get(group.name)]
+        every = self._build.groups()
+        groups = [group for group in every if removals.get(group.name)]
         before = {path: (describe(module), own_shapes(module)) for path, module in self.module.named_modules()}
-        edits, rejected = remove_units_(self.module, groups, dict(removals), self._build.inputs())
+        edits, rejected = remove_units_(self.module, every, dict(removals), self._build.inputs())
         self._build.edited(edits)
         for group in groups:
             reason = rejected.get(group.name)
@@ -159,6 +164,28 @@ class _Context(Context):
         self._build.edited(edits)
         self._change("replaced", path, describe(old), describe(module), reason)
 
+    def mask(
+        self,
+        path: str,
+        keep: Tensor | None = None,
+        *,
+        parameter: str = "weight",
+        values: Tensor | None = None,
+        schedule: MaskSchedule | None = None,
+        reason: str = "",
+    ) -> None:
+        """Hold weights of the module at `path` at zero, through training and in the exported file."""
+        module = self.get(path)
+        before = describe(module)
+        mask_(module, parameter, keep, schedule, values)
+        for alias in self._aliases(module):
+            inner = (f"{alias}.{name}".strip(".") for name, _ in module.named_modules())
+            self._build.origins.update(dict.fromkeys(inner, self._build.origin(alias)))
+        self._build.edited([MaskEdit(path, parameter, schedule_to_data(schedule))])
+        held = masks_of(module)[parameter]
+        count = held.keep.numel()
+        self._change("masked", path, before, f"{100 * held.removed / count:.4g} % of {count:,} weights zero", reason)
+
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor, under every path that the module has."""
         for alias in self._aliases(self.get(path)):
@@ -195,7 +222,7 @@ class _Context(Context):
                 handle.remove()
         return samples
 
-    def train(self, recipe: Recovery, distillation: Distillation | None = None) -> None:
+    def train(self, recipe: Recovery, distillation: Distillation | None = None, penalty: Penalty | None = None) -> None:
         """Train the parameters in scope."""
         if recipe.epochs == 0:
             return self.skip("", "its length is 0 epochs")
@@ -215,6 +242,7 @@ class _Context(Context):
                 lambda epoch: (batch for _, batch in epoch_batches(task, seeds(epoch))),
                 settings,
                 state=self._state,
+                penalty=penalty,
                 progress=None if self._progress is None else lambda share, text: self.report(text, share),
             )
         finally:
@@ -240,6 +268,15 @@ class _Context(Context):
 
     def _change(self, kind: ChangeKind, path: str, before: str, after: str, reason: str) -> None:
         origin = self._build.origin(path)
+        old = self._changes.get(origin)
+        if kind == "resized" and old is not None and old.kind == "replaced":  # a part of what this step put there
+            parts = [other for other, _ in self.module.named_modules() if self._build.origin(other) == origin]
+            after = describe(self.get(min(parts, key=len)))
+            kind, before, reason = (
+                "replaced",
+                old.before,
+                old.reason if reason in old.reason else f"{old.reason}; {reason}",
+            )
         self._changes[origin] = Change(
             method=self._name, origin=origin, kind=kind, before=before, after=after, reason=reason
         )
@@ -256,7 +293,9 @@ class _Context(Context):
         return f"{self._name} needs what no longer holds here: {names}" if missing else ""
 
     def _in_scope(self, path: str, module: nn.Module) -> bool:
-        return self._step.where.matches(self._build.origin(path), type_names(module))
+        owner = owner_of(path)
+        names = type_names(module if owner == path else self.get(owner))
+        return self._step.where.matches(self._build.origin(owner), names)
 
     def _admits(self, group: Group) -> bool:
         """Return whether a group may be changed; record why not for its producing modules in scope."""

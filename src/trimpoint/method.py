@@ -17,14 +17,15 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trimpoint.errors import InvalidParameterError, PlanError, UnknownNameError, suggest
-from trimpoint.parts import Block, Group
+from trimpoint.parts import Block, Group, MaskSchedule
 from trimpoint.values import Format
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import nn
+    from torch import Tensor, nn
 
     from trimpoint.recover.distill import Distillation
+    from trimpoint.recover.penalty import Penalty
     from trimpoint.recover.recipe import Recovery
     from trimpoint.task import Task
 
@@ -67,7 +68,7 @@ class Traits:
     Args:
         stage: when it may run.
         targets: module classes that it acts on, as names (with those derived from them); `()` for methods that act on
-            blocks or on the whole model.
+            blocks, on the whole model, or on groups of any classes.
         acts_on: the unit it changes.
         requires: facts that must hold for a module to be changed.
         removes: facts that no longer hold for what was changed.
@@ -120,6 +121,7 @@ def param(
     doc: str,
     bounds: Bounds | None = None,
     choices: Sequence[str] | None = None,
+    reference: bool = False,
     noop: Any = _MISSING,
     weak: Any = _MISSING,
     search: Sequence[Any] | None = None,
@@ -131,11 +133,13 @@ def param(
         doc: what it means, with its unit.
         bounds: the numbers it may take.
         choices: the words it may take.
+        reference: whether it may also name an object of the user's own, `package.module:attribute`.
         noop: the value at which the method changes nothing at all.
         weak: a value at which it changes less than at its default (for the check that the error falls with strength).
         search: the values that a search tries, weakest first.
     """
-    metadata = {"doc": doc, "bounds": bounds, "choices": tuple(choices) if choices else None, "search": search}
+    metadata: dict[str, Any] = {"doc": doc, "bounds": bounds, "search": search, "reference": reference}
+    metadata["choices"] = tuple(choices) if choices else None
     if noop is not _MISSING:
         metadata["noop"] = noop
     if weak is not _MISSING:
@@ -213,6 +217,28 @@ class Context(ABC):
         """Put `module` where the module at `path` was, everywhere it is used."""
 
     @abstractmethod
+    def mask(
+        self,
+        path: str,
+        keep: "Tensor | None" = None,
+        *,
+        parameter: str = "weight",
+        values: "Tensor | None" = None,
+        schedule: MaskSchedule | None = None,
+        reason: str = "",
+    ) -> None:
+        """Hold weights of the module at `path` at zero, through training and in the exported file.
+
+        Args:
+            path: of the module.
+            keep: booleans of the parameter's shape, false where a weight is to be zero.
+            parameter: its name.
+            values: that the weights take before.
+            schedule: the mask comes about in training; `keep` is then what is kept before the first step.
+            reason: how the weights were chosen.
+        """
+
+    @abstractmethod
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor of the module at `path`; the runtime realises it."""
 
@@ -232,12 +258,15 @@ class Context(ABC):
         """
 
     @abstractmethod
-    def train(self, recipe: "Recovery", distillation: "Distillation | None" = None) -> None:
+    def train(
+        self, recipe: "Recovery", distillation: "Distillation | None" = None, penalty: "Penalty | None" = None
+    ) -> None:
         """Train what is in scope on the task's training data, in place; what cannot be trained is skipped.
 
         Args:
             recipe: how long and how; its length is scaled by `effort`.
             distillation: what to learn from the unmodified model; `None` is the task's loss alone.
+            penalty: on the weights, added to the loss.
         """
 
 
@@ -307,8 +336,10 @@ class Method(ABC):
 def _check(method: Method, field: "dataclasses.Field[Any]") -> str | None:
     value, bounds, choices = getattr(method, field.name), field.metadata.get("bounds"), field.metadata.get("choices")
     head = f"The {field.name!r} parameter of {type(method).__name__} must be"
-    if choices and value not in choices:
-        return f"{head} one of {', '.join(map(repr, choices))}. Got {value!r}."
+    refers = bool(field.metadata.get("reference"))
+    if choices and value not in choices and not (refers and isinstance(value, str) and ":" in value):
+        own = ", or `package.module:attribute`" if refers else ""
+        return f"{head} one of {', '.join(map(repr, choices))}{own}. Got {value!r}."
     if bounds and value is not None:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return f"{head} a number. Got {value!r}."

@@ -25,6 +25,19 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """A module whose code gives tensors a shape in which the units of a group can be counted.
+
+    Args:
+        path: of the module.
+        sizes: pairs of the size of a dimension and how many of its positions belong to one unit.
+    """
+
+    path: str
+    sizes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
     """Units that can only be removed whole, over all the parameters that they run through.
 
@@ -37,6 +50,7 @@ class Group:
             layer.
         alike: groups in which this is the same, and not empty, must keep equally many units, such as the layers of one
             LSTM module.
+        places: for attention heads, the modules whose code states how many there are.
     """
 
     members: tuple[Member, ...]
@@ -45,6 +59,7 @@ class Group:
     label: str = ""
     kind: Literal["channels", "heads", "hidden"] = "channels"
     alike: str = ""
+    places: tuple[Place, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,3 +84,24 @@ class Block:
     shape: tuple[int, ...]
     params: int
     family: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskSchedule:
+    """How a mask of a weight comes about while the model is trained.
+
+    Args:
+        removed: weights that are zero at the end.
+        steps: training steps until then.
+        rank: which go: the smallest, or those that training moves towards zero (Sanh, Wolf and Rush 2020).
+        curve: all at the end, or by the cubic schedule (Zhu and Gupta 2018).
+        start: weights that are zero before the first step.
+        of: where not 0, equally many of every run of so many weights along dimension 1 go.
+    """
+
+    removed: int
+    steps: int
+    rank: Literal["magnitude", "movement"] = "magnitude"
+    curve: Literal["one-shot", "cubic"] = "cubic"
+    start: int = 0
+    of: int = 0

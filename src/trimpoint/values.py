@@ -80,7 +80,7 @@ class Profile(Mapping[str, Measurement]):
         )
 
 
-ChangeKind = Literal["replaced", "resized", "bypassed", "assigned", "trained", "skipped"]
+ChangeKind = Literal["replaced", "resized", "bypassed", "masked", "assigned", "trained", "skipped"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,7 @@ class UNet(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM, whose channels are not followed, before layers whose channels are."""
+    """An LSTM between an embedding and linear layers."""
 
     def __init__(self):
         super().__init__()

@@ -110,7 +110,16 @@ TRUTH = {
         "up": (6, bare("up", 1) | {("up.bias", 0, "out", 1)} | bare("merge", 1, "in")),
         "merge": (7, out("merge") | bare("leave", 1, "in")),
     },
-    "Recurrent": {"hidden": (10, out("hidden") | bare("head", 1, "in"))},
+    "Recurrent": {
+        "embedding": (8, bare("embedding", 1) | {("lstm.weight_ih_l0", 1, "in", 1)}),
+        "lstm": (
+            6,
+            {(f"lstm.{name}_l0", 0, "out", 4) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+            | {("lstm.weight_hh_l0", 1, "in", 1)}
+            | bare("hidden", 1, "in"),
+        ),
+        "hidden": (10, out("hidden") | bare("head", 1, "in")),
+    },
     "Tied": {
         "embedding": (
             8,
@@ -135,9 +144,8 @@ TRUTH = {
     "Shared": {
         "stem": (8, out("stem") | bare("conv", 1, "in") | out("conv") | norm("norm") | bare("head", 1, "in")),
     },
-    "Transformer": {
-        f"layers.{i}.up": (12, out(f"layers.{i}.up") | bare(f"layers.{i}.down", 1, "in")) for i in range(2)
-    },
+    "Transformer": {f"layers.{i}.up": (12, out(f"layers.{i}.up") | bare(f"layers.{i}.down", 1, "in")) for i in range(2)}
+    | {f"layers.{i}.qkv": (2, out(f"layers.{i}.qkv", 12) | bare(f"layers.{i}.out", 1, "in", 4)) for i in range(2)},
     "Single": {
         "query": (8, out("query") | out("key")),
         "value": (10, out("value") | bare("out", 1, "in")),
@@ -207,10 +215,7 @@ def test_resnet_has_inner_groups_and_one_stream_a_stage():
 
 def test_reasons_say_what_keeps_a_group():
     for name, producer, words in [
-        ("Recurrent", "embedding", "aten.lstm"),
-        ("Recurrent", "lstm", "aten.lstm"),
         ("Transformer", "embedding", "layer_norm"),
-        ("Transformer", "layers.0.qkv", "attention"),
         ("Mixer", "tokens1", "mixes positions"),
     ]:
         module, inputs = build(name)
@@ -233,6 +238,9 @@ def test_bert_neurons_and_pooler():
         )
         for i in range(2)
     }
+    for attention in (f"bert.encoder.layer.{i}.attention" for i in range(2)):
+        heads = set().union(*(out(f"{attention}.self.{part}", 8) for part in ("query", "key", "value")))
+        truth[f"{attention}.self.query"] = (2, heads | bare(f"{attention}.output.dense", 1, "in", 8))
     truth["bert.pooler.dense"] = (16, out("bert.pooler.dense") | bare("classifier", 1, "in"))
     assert summary(groups) == truth
     assert "layer_norm" in kept(groups)["bert.embeddings.word_embeddings"]
@@ -243,7 +251,12 @@ def test_fused_transformer_layer_is_seen_through():
         nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1, enable_nested_tensor=False
     )
     found = summary(coupled_groups(trace(module.eval(), torch.randn(2, 4, 8))))
-    assert found == {"layers.0.linear1": (12, out("layers.0.linear1") | bare("layers.0.linear2", 1, "in"))}
+    attention = "layers.0.self_attn"
+    packed = {(f"{attention}.in_proj_{name}", 0, "out", 12) for name in ("weight", "bias")}
+    assert found == {
+        "layers.0.linear1": (12, out("layers.0.linear1") | bare("layers.0.linear2", 1, "in")),
+        attention: (2, packed | bare(f"{attention}.out_proj", 1, "in", 4)),
+    }
 
 
 class Widened(nn.Module):
@@ -331,4 +344,4 @@ def test_hidden_sizes_are_left_to_the_forward_check():
 
 def test_layer_alone_ends_at_the_output():
     groups = coupled_groups(trace(Layer(8, 2, 12), torch.randn(2, 3, 8)))
-    assert set(summary(groups)) == {"up"}
+    assert set(summary(groups)) == {"up", "qkv"}

@@ -8,7 +8,7 @@ from torch import nn
 
 from trimpoint.errors import ArtifactError, SurgeryError
 from trimpoint.graph import LowRank, apply_edits_, edits_from_data, edits_to_data, rebuild, replace_, save_structure
-from trimpoint.graph.layers import check_layer, layer_from_data, layer_to_data
+from trimpoint.graph.layers import LowRankRecurrent, check_layer, layer_from_data, layer_to_data
 
 LAYERS = [
     nn.Linear(8, 4, bias=False),
@@ -17,6 +17,8 @@ LAYERS = [
     nn.Conv3d(4, 4, 3, dilation=2),
     nn.Embedding(10, 4, padding_idx=0),
     LowRank(nn.Linear(8, 2, bias=False), nn.Linear(2, 4)),
+    LowRankRecurrent("LSTM", 8, 3, 4, num_layers=2, batch_first=True, dropout=0.1, bidirectional=True),
+    LowRankRecurrent("GRU", 8, 3, 4, bias=False),
     LowRank(nn.Conv2d(8, 2, 1, bias=False), nn.Conv2d(2, 2, 3, bias=False), nn.Conv2d(2, 4, 1)),
 ]
 
@@ -46,6 +48,8 @@ def test_making_a_layer_takes_no_random_number():
         ({"layer": "linear", "in_features": -1, "out_features": 1, "bias": True}, "in_features"),
         ({"layer": "linear", "in_features": True, "out_features": 1, "bias": True}, "in_features"),
         ({"layer": "linear", "in_features": 1 << 40, "out_features": 1, "bias": True}, "in_features"),
+        ({"layer": "low_rank_recurrent", "mode": "RNN"}, "a low_rank_recurrent has"),
+        ({**layer_to_data(LowRankRecurrent("GRU", 8, 3, 4)), "mode": "RNN"}, "'mode'"),
         ({"layer": "low_rank", "parts": []}, "one to eight"),
         ({"layer": "low_rank", "parts": [{"layer": "low_rank", "parts": []}]}, "does not hold another"),
         ({"layer": "low_rank", "parts": [{"layer": "embedding"}]}, "an embedding has|a embedding has"),

@@ -102,7 +102,27 @@ def test_ties_must_be_the_same(tmp_path):
         (lambda d: d["edits"].append({"edit": "bypass", "path": "conv1", "structure": {"call": "x"}}), "structure of"),
         (
             lambda d: d["edits"].append({"edit": "attribute", "path": "", "name": "forward", "value": 1}),
-            "sets 'forward'",
+            "no attribute 'forward'",
+        ),
+        (
+            lambda d: d["edits"].append({"edit": "attribute", "path": "", "name": "_modules", "value": 1}),
+            "sets '_modules'",
+        ),
+        (
+            lambda d: d["edits"].append({"edit": "attribute", "path": "conv1", "name": "groups", "value": 0}),
+            "whole number ≥ 1",
+        ),
+        (
+            lambda d: d["edits"].append({"edit": "attribute", "path": "conv1", "name": "training", "value": 1}),
+            "no attribute 'training'",
+        ),
+        (
+            lambda d: d["edits"].append({"edit": "attribute", "path": "conv1", "name": "stride", "value": [1, 1, 1]}),
+            "no attribute 'stride'",
+        ),
+        (
+            lambda d: d["edits"].append({"edit": "attribute", "path": "conv1", "name": "fresh", "value": 1}),
+            "no attribute 'fresh'",
         ),
         (
             lambda d: d["edits"].append({"edit": "attribute", "path": "conv1", "name": "groups", "value": "1"}),

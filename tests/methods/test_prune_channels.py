@@ -1,4 +1,8 @@
-"""Which channels go: importances against formulas, aligned widths, and exactness of the surgery."""
+"""Which channels go: criteria, scopes, aligned widths, and exactness of the surgery."""
+
+import sys
+import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,13 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from trimpoint.build import Build
 from trimpoint.compress import compress
 from trimpoint.demo.resnet import ResNet
-from trimpoint.errors import DataError, InvalidParameterError
+from trimpoint.errors import DataError, InvalidParameterError, UnknownNameError
 from trimpoint.filters import Glob
 from trimpoint.graph import coupled_groups, trace
+from trimpoint.importance import NAMES
 from trimpoint.method import Fact
-from trimpoint.methods.prune_channels import PruneChannels, aligned, magnitude, taylor
+from trimpoint.methods.finetune import Finetune
+from trimpoint.methods.prune_channels import PruneChannels, aligned, structure
 from trimpoint.parts import Group, Member
 from trimpoint.plan import Plan, Step
 from trimpoint.task import Task, cross_entropy
@@ -47,10 +54,6 @@ def prune(model, task, where="*", **params):
     return compress(model, Plan((Step(PruneChannels(**params), Glob(where)),)), task)
 
 
-def group_of(model, name):
-    return next(g for g in coupled_groups(trace(model, torch.zeros(2, 1, 6, 6))) if g.name == name)
-
-
 def make_group(size, channels=1):
     indices = tuple(tuple(range(u * channels, (u + 1) * channels)) for u in range(size))
     return Group(members=(Member(path="a", parameter="weight", dim=0, indices=indices, role="out"),), size=size)
@@ -70,7 +73,7 @@ def test_widths_and_facts(model, task):
 
 
 def test_removing_channels_without_effect_changes_no_output(model, task):
-    """Channels that are zero everywhere are found by both importances, and nothing is lost with them."""
+    """Channels that are zero everywhere are found by every criterion that looks at them, and nothing is lost."""
     with torch.no_grad():
         for channel in (0, 3, 5, 6, 9, 11, 12, 15):
             model.conv1.weight[channel] = 0
@@ -79,54 +82,11 @@ def test_removing_channels_without_effect_changes_no_output(model, task):
             model.norm.bias[channel] = 0
             model.conv2.weight[:, channel] = 0
     x = torch.randn(3, 1, 6, 6)
-    for importance in ("magnitude", "taylor"):
+    for importance in (name for name in NAMES if name not in ("random", "geometric-median")):
         small = prune(model, task, where="conv1", ratio=0.5, importance=importance).module
         assert small.conv1.out_channels == 8
         with torch.no_grad():
             assert torch.allclose(small(x), model(x), atol=1e-6)
-
-
-def test_magnitude_against_the_formula(model):
-    expected = torch.stack(
-        [
-            model.conv1.weight.double().square().sum((1, 2, 3)),
-            model.norm.weight.double().square(),
-            model.conv2.weight.double().square().sum((0, 2, 3)),
-        ]
-    )
-    expected = (expected / expected.mean(1, keepdim=True)).mean(0)
-    assert torch.allclose(magnitude(model, group_of(model, "conv1")), expected)
-
-
-def test_taylor_against_finite_differences_of_gates(model, task):
-    """The sum of gradient times weight is the derivative of the loss by a gate on the unit (Molchanov et al. 2019)."""
-    group = group_of(model, "conv2")
-    scores = taylor(model, [group], task)["conv2"]
-    expected = torch.zeros(32, dtype=torch.float64)
-    double = Plain().eval()
-    double.load_state_dict(model.state_dict())
-    double.double()
-    for x, y in task.batches("calibrate"):
-        for unit in range(32):
-            losses = []
-            for step in (1e-4, -1e-4):
-                gate = torch.ones(32, dtype=torch.float64)
-                gate[unit] += step
-                handle = double.conv2.register_forward_hook(lambda m, i, o, g=gate: o * g[:, None, None])
-                with torch.no_grad():
-                    losses.append(cross_entropy(double(x.double()), y).item())
-                handle.remove()
-            expected[unit] += 2 * ((losses[0] - losses[1]) / 2e-4) ** 2  # the producer and the consumer
-    assert torch.allclose(scores, expected, rtol=1e-2, atol=1e-9)
-
-
-def test_taylor_leaves_the_model_and_its_gradients_alone(model, task):
-    before = [p.clone() for p in model.parameters()]
-    model.requires_grad_(False)
-    scores = taylor(model, [group_of(model, "conv1")], task)["conv1"]
-    assert float(scores.min()) >= 0
-    assert float(scores.max()) > 0
-    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("missing", [{"loss": None}, {"calibrate": None}])
@@ -203,7 +163,124 @@ def test_residual_streams_are_pruned_together_or_not_at_all(task):
     assert "out of scope" in reason
 
 
-@pytest.mark.parametrize("wrong", [{"importance": "l1"}, {"round_to": 0}, {"round_to": 1.5}, {"scope": "layer"}])
+@pytest.mark.parametrize("wrong", [{"importance": "l3"}, {"round_to": 0}, {"round_to": 1.5}, {"scope": "layer"}])
 def test_parameters_out_of_range(wrong):
     with pytest.raises(InvalidParameterError, match=next(iter(wrong))):
         PruneChannels(**wrong)
+
+
+@pytest.mark.parametrize("importance", NAMES)
+@pytest.mark.parametrize("scope", ["local", "global", "isomorphic"])
+def test_every_criterion_in_every_scope(importance, scope, model, task):
+    small = prune(model, task, ratio=0.5, importance=importance, scope=scope, round_to=4).module
+    widths = small.conv1.out_channels, small.conv2.out_channels
+    assert all(width % 4 == 0 and width >= 4 for width in widths)
+    assert widths == (8, 16) if scope == "local" else 20 <= sum(widths) <= 28
+    assert small(torch.zeros(2, 1, 6, 6)).shape == (2, 3)
+
+
+def last_first(group, evidence):
+    return torch.arange(group.size)
+
+
+def test_a_criterion_of_ones_own(model, task, monkeypatch):
+    module = types.ModuleType("own_criterion")
+    module.last_first = last_first
+    monkeypatch.setitem(sys.modules, "own_criterion", module)
+    small = prune(model, task, where="conv1", ratio=0.5, importance="own_criterion:last_first").module
+    assert torch.equal(small.conv1.weight, model.conv1.weight[8:])
+    plan = Plan((Step(PruneChannels(importance="own_criterion:last_first")),))
+    assert Plan.from_data(plan.to_data()) == plan
+    with pytest.raises(UnknownNameError, match="first_last"):
+        prune(model, task, importance="own_criterion:first_last")
+
+
+def test_random_follows_the_seed(model, task):
+    def kept(seed):
+        plan = Plan((Step(PruneChannels(importance="random")),), seed=seed)
+        return compress(model, plan, task).module.conv1.weight
+
+    assert torch.equal(kept(0), kept(0))
+    assert not torch.equal(kept(0), kept(1))
+
+
+def test_lamp_is_compared_between_groups_as_it_is(model, task):
+    """Two groups of one shape and different size of the weights: LAMP takes from both alike, and does so exactly."""
+    torch.manual_seed(0)
+    model = Plain(32, 32).eval()
+    with torch.no_grad():
+        model.conv2.weight *= 100
+    small = prune(model, task, ratio=0.5, scope="global", importance="lamp", round_to=1).module
+    assert 8 < small.conv1.out_channels < 24
+    assert small.conv1.out_channels + small.conv2.out_channels == 32
+
+
+class Twins(nn.Module):
+    """Two convolutions of one structure, and two linear layers of another: `[batch, 1, 6, 6]` to `[batch, 3]`."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(32, 3)
+        self.pairs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1)) for _ in range(2)
+        )
+        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for pair in self.pairs:
+            x = x + pair(x)
+        return self.head(F.relu(self.down(F.relu(self.up(x.mean((2, 3)))))))
+
+
+def half_first(group, evidence):
+    """Give `pairs.0` less than `pairs.1`, and everything else far less than both."""
+    size = {"pairs.0.0": 100, "pairs.1.0": 200}.get(group.name, 0)
+    return torch.arange(group.size) + size
+
+
+def test_isomorphic_groups_are_ranked_among_themselves(task, monkeypatch):
+    module = types.ModuleType("own_criterion")
+    module.half_first = half_first
+    monkeypatch.setitem(sys.modules, "own_criterion", module)
+    torch.manual_seed(0)
+    model = Twins().eval()
+    small = prune(
+        model, task, ratio=0.25, scope="isomorphic", round_to=1, importance="own_criterion:half_first", where="pairs.*"
+    ).module
+    assert [pair[0].out_channels for pair in small.pairs] == [8, 16]
+    whole = prune(model, task, ratio=0.25, scope="isomorphic", round_to=1, importance="own_criterion:half_first").module
+    assert [pair[0].out_channels for pair in whole.pairs] == [8, 16]
+    assert whole.up.out_features + whole.down.out_features == 48
+    assert whole.stem.out_channels == 6
+
+
+def test_structure_tells_isomorphic_groups():
+    task_model = Twins().eval()
+    groups = {g.name: g for g in coupled_groups(trace(task_model, torch.zeros(2, 1, 6, 6)))}
+    key = {name: structure(task_model, group) for name, group in groups.items()}
+    assert key["pairs.0.0"] == key["pairs.1.0"]
+    assert key["up"] == key["down"]
+    assert len({key["pairs.0.0"], key["up"], key["stem"]}) == 3
+
+
+def test_rounds_with_recovery_in_between_are_a_plan(model, task):
+    """The ratio is a share of what is there when a step begins."""
+    data = task.calibrate
+    steps = (Step(PruneChannels(ratio=0.5, round_to=1)), Step(Finetune(epochs=2, lr=0.01)))
+    compressed = compress(model, Plan(steps * 2), task.with_(train=data))
+    assert (compressed.module.conv1.out_channels, compressed.module.conv2.out_channels) == (4, 8)
+    widths = [change.after for change in compressed.changes if change.origin == "conv1" and change.kind == "resized"]
+    assert widths == ["Conv2d 1→8", "Conv2d 1→4"]
+    assert [change.kind for change in compressed.changes if change.kind == "trained"] == ["trained"] * 2
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("heads", "attention heads"), ("hidden", "recurrent layer")])
+def test_units_that_are_no_channels_are_left_with_the_reason(kind, reason, model, task, monkeypatch):
+    groups = Build.groups
+    monkeypatch.setattr(Build, "groups", lambda build: tuple(replace(g, kind=kind) for g in groups(build)))
+    compressed = prune(model, task, ratio=0.5)
+    skipped = {change.origin: change.reason for change in compressed.changes if change.kind == "skipped"}
+    assert reason in skipped["conv1"]
+    assert reason in skipped["conv2"]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), compressed.module.parameters(), strict=True))

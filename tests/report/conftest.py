@@ -189,7 +189,7 @@ def make_record() -> StudyRecord:
     )
     infeasible = dataclasses.replace(failed, number=19, state="infeasible", error="", label="drop-blocks(0.11)")
     return StudyRecord(
-        directory="runs/demo",
+        directory="runs/nobody-made-this",
         model="trimpoint.demo:model",
         task="trimpoint.demo:task",
         score="accuracy",

@@ -31,7 +31,7 @@ def test_keys_are_exactly_those_of_the_stable_interface(record: StudyRecord) -> 
 def test_values_are_those_of_the_trials(record: StudyRecord) -> None:
     data, best = study_data(record), record.trials[7]
     assert data["best"] == point(record, best)
-    assert data["best"]["artifact"] == "runs/demo/artifacts/0007"
+    assert data["best"]["artifact"] == "runs/nobody-made-this/artifacts/0007"
     assert data["best"]["latency_ratio"] == pytest.approx(1.24 / 0.301)
     assert data["best"]["latency_ratio_ci"] == pytest.approx([1.24 / 0.301 * 0.98, 1.24 / 0.301 * 1.02])
     assert data["best"]["score"] == {"name": "accuracy", "value": 0.9289, "n": 6_000, "split": "select"}

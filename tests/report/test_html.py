@@ -87,7 +87,7 @@ def test_a_goal_that_nothing_met_names_the_nearest_and_the_limit(variants: dict[
 
 
 def test_an_unfinished_study_says_how_to_go_on(variants: dict[str, StudyRecord]) -> None:
-    assert "trimpoint resume runs/demo" in render(variants["unfinished"])
+    assert "trimpoint resume runs/nobody-made-this" in render(variants["unfinished"])
     assert "trimpoint resume" not in render(variants["finished"])
     assert "could not be made: no supported operator" in render(variants["no int8"])
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Owner = tuple[str, str]
 Role = Literal["out", "in", "through"]
+Kind = Literal["channels", "heads", "hidden"]
 _RANK: dict[Role, int] = {"out": 0, "through": 1, "in": 2}
 
 
@@ -62,6 +63,17 @@ def first_of(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(one >= 0, one, other)
 
 
+def ties(ids: Tensor, other: Tensor, heads: Tensor) -> bool:
+    """Return whether one atom of `ids` meets atoms of several heads in `other`."""
+    first, second = _joint(ids, other)
+    met = heads[second]
+    both = (first >= 0) & (met >= 0)
+    if not bool(both.any()):
+        return False
+    pairs = np.unique(torch.stack([first[both], met[both]]).numpy(), axis=1)
+    return bool(len(np.unique(pairs[0])) < pairs.shape[1])
+
+
 @dataclass
 class Dimension:
     """A dimension of a parameter, or all elements of one (`dim` is `None`), and its atoms `[start, start + size)`.
@@ -86,6 +98,15 @@ class Dimension:
         return torch.arange(self.start, self.start + int(np.prod(self.shape))).view(self.shape)
 
 
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """Atoms that are units of a kind, `[units]`; of those with one `alike` (if not `None`) equally many must stay."""
+
+    ids: Tensor
+    kind: Kind
+    alike: str | None
+
+
 @dataclass
 class Atoms:
     """Atoms of a model, the couplings between them, and why some must not be removed.
@@ -95,7 +116,9 @@ class Atoms:
 
     dimensions: dict[tuple[Owner, int | None], Dimension] = field(default_factory=dict)
     count: int = 0
+    marked: list[Marked] = field(default_factory=list)
     _edges: list[np.ndarray] = field(default_factory=list)
+    _heads: list[np.ndarray] = field(default_factory=list)
     _frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     _frozen_owners: dict[Owner, str] = field(default_factory=dict)
     _constant: list[tuple[Tensor, tuple[int, ...], str]] = field(default_factory=list)
@@ -127,13 +150,26 @@ class Atoms:
             entry.role = role
         return entry.ids
 
-    def couple(self, *ids: Tensor) -> None:
-        """Let the atoms that meet at a position of these broadcast id tensors be removed together or not at all."""
+    def are_elements(self, ids: Tensor) -> bool:
+        """Return whether any of these atoms is an element of a parameter that is used as a tensor."""
+        atoms = _distinct(compact(ids))
+        ranges = [(part.start, int(np.prod(part.shape))) for part in self.dimensions.values() if part.dim is None]
+        return any(bool(((atoms >= start) & (atoms < start + size)).any()) for start, size in ranges)
+
+    def couple(self, *ids: Tensor, heads: bool = False) -> None:
+        """Let the atoms that meet at a position of these broadcast id tensors be removed together or not at all.
+
+        Args:
+            ids: the tensors.
+            heads: whether what meets is of one head of attention.
+        """
         first, *rest = _joint(*ids)
         for other in rest:
             both = (first >= 0) & (other >= 0) & (first != other)
             if bool(both.any()):
                 self._edges.append(np.unique(torch.stack([first[both], other[both]]).numpy(), axis=1))
+                if heads:
+                    self._heads.append(self._edges[-1])
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         """Never remove the atoms in `ids`."""
@@ -180,17 +216,23 @@ class Atoms:
         if sum(size > 1 for size in small.shape) > 1:
             self._watched.append((small, reason))
 
+    def mark(self, ids: Tensor, kind: Kind, alike: str | None = None) -> None:
+        """Say what kind of unit the atoms in `ids`, `[units]`, are.
+
+        Args:
+            ids: one for each unit.
+            kind: of the units; others are channels.
+            alike: path of a module with one size for several sets of units, of which equally many must stay.
+        """
+        if not any(entry.alike == alike and torch.equal(entry.ids, ids) for entry in self.marked):
+            self.marked.append(Marked(ids, kind, alike))
+
     def solve(self) -> tuple[np.ndarray, dict[int, str]]:
         """Return the class of each atom, and for each class that must not be removed the reason.
 
         Atoms of one class can only be removed together.
         """
-        from scipy.sparse import coo_matrix
-        from scipy.sparse.csgraph import connected_components
-
-        pairs = np.concatenate(self._edges, axis=1) if self._edges else np.zeros((2, 0), np.int64)
-        matrix = coo_matrix((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(self.count, self.count))
-        classes = connected_components(matrix, directed=False)[1].astype(np.int64)
+        classes = self._components(self._edges)
         lookup = torch.from_numpy(np.append(classes, -1))
         reasons: dict[int, str] = {}
 
@@ -207,6 +249,26 @@ class Atoms:
         self._decide(lambda ids: lookup[ids], keep)
         return classes, reasons
 
+    def _components(self, edges: Sequence[np.ndarray]) -> np.ndarray:
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import connected_components
+
+        pairs = np.concatenate(edges, axis=1) if edges else np.zeros((2, 0), np.int64)
+        matrix = coo_matrix((np.ones(pairs.shape[1], bool), (pairs[0], pairs[1])), shape=(self.count, self.count))
+        labels: np.ndarray = connected_components(matrix, directed=False)[1].astype(np.int64)
+        return labels
+
+    def tied_heads(self, classes: np.ndarray) -> Tensor | None:
+        """Return for each atom its head, or −1, `[count + 1]`, where heads of one tensor are coupled; else `None`."""
+        sets = [entry.ids.numpy() for entry in self.marked if entry.kind == "heads"]
+        if not sets:
+            return None
+        labels = self._components(self._heads)
+        if all(len(np.unique(classes[ids])) == len(np.unique(labels[ids])) for ids in sets):
+            return None
+        known = np.isin(labels, np.unique(labels[np.concatenate(sets)]))
+        return torch.from_numpy(np.append(np.where(known, labels, -1), -1))
+
     def _decide(self, resolve: Callable[[Tensor], Tensor], keep: Callable[[Tensor, str], None]) -> None:
         for ids, dims, reason in self._constant:
             labels = compact(resolve(ids))
@@ -217,11 +279,22 @@ class Atoms:
             shape = compact(labels).shape
             if any(shape[dim] > 1 for dim in dims):
                 keep(labels[other < 0], reason)
+        alike = self._alike()
         for ids, reason in self._watched:
-            keep(ragged(compact(resolve(ids))), reason)
+            if len(ragged(compact(resolve(alike[ids])))):
+                keep(ragged(compact(resolve(ids))), reason)
         for dimension in self.dimensions.values():
             if dimension.dim is None:
                 keep(ragged(compact(resolve(dimension.ids))), "a parameter is used in it in several dimensions at once")
+
+    def _alike(self) -> Tensor:
+        """Return for each atom the one in its place in the first set that must stay as large, `[count + 1]`."""
+        stands = torch.cat([torch.arange(self.count), torch.tensor([-1])])
+        first: dict[str, Tensor] = {}
+        for entry in self.marked:
+            if entry.alike is not None and first.setdefault(entry.alike, entry.ids).shape == entry.ids.shape:
+                stands[entry.ids] = first[entry.alike]
+        return stands
 
 
 def ragged(labels: Tensor) -> Tensor:

@@ -10,25 +10,10 @@ from torch import Tensor, nn
 
 from trimpoint.errors import ArtifactError, SurgeryError, suggest
 from trimpoint.graph.layers import check_layer, layer_from_data
+from trimpoint.graph.masks import check_schedule, mask_, schedule_from_data
 
-ATTRIBUTES = (
-    "embedding_dim",
-    "groups",
-    "in_channels",
-    "in_features",
-    "nf",
-    "normalized_shape",
-    "num_channels",
-    "num_embeddings",
-    "num_features",
-    "num_groups",
-    "num_heads",
-    "num_parameters",
-    "nx",
-    "out_channels",
-    "out_features",
-)
 _PLAIN = (bool, int, float, str, type(None))
+_LARGEST = 1 << 31
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -169,7 +154,12 @@ class ResizeEdit:
 
 @dataclass(frozen=True)
 class AttributeEdit:
-    """Set an attribute that states a size: one of `ATTRIBUTES`."""
+    """Set an attribute that states a size, see `is_size`.
+
+    That is safe for edits from a file that is not trusted: all it can do is to give a number that a module of the
+    caller's own already holds, under a public name, another value of the same kind. It adds no attribute, and reaches
+    no method, no class, no tensor, and nothing that modules share, such as a configuration.
+    """
 
     path: str
     name: str
@@ -184,12 +174,22 @@ class ReplaceEdit:
     layer: Mapping[str, Any]
 
 
-Edit = BypassEdit | ResizeEdit | AttributeEdit | ReplaceEdit
+@dataclass(frozen=True)
+class MaskEdit:
+    """Hold weights of a parameter at zero: see `trimpoint.graph.masks`. Which ones is part of the module's state."""
+
+    path: str
+    parameter: str
+    schedule: Mapping[str, Any] | None = None
+
+
+Edit = BypassEdit | ResizeEdit | AttributeEdit | ReplaceEdit | MaskEdit
 _KINDS: dict[str, type[Any]] = {
     "bypass": BypassEdit,
     "resize": ResizeEdit,
     "attribute": AttributeEdit,
     "replace": ReplaceEdit,
+    "mask": MaskEdit,
 }
 _FIELDS = {kind: {field.name for field in fields(edit)} - {"path"} for kind, edit in _KINDS.items()}
 
@@ -251,16 +251,39 @@ def _edit(entry: Any, where: str) -> Edit:
         if problem := check_layer(entry["layer"]):
             raise ArtifactError(f"The {where} makes no layer: {problem}.")
         return ReplaceEdit(entry["path"], entry["layer"])
+    if kind == "mask":
+        problem = "" if isinstance(entry["parameter"], str) else "a parameter is named by a word"
+        if problem := problem or check_schedule(entry["schedule"]):
+            raise ArtifactError(f"The {where} makes no mask: {problem}.")
+        return MaskEdit(entry["path"], entry["parameter"], entry["schedule"])
     name, value = entry["name"], entry["value"]
-    if name not in ATTRIBUTES:
-        raise ArtifactError(f"The {where} sets {name!r}.", suggest(str(name), ATTRIBUTES))
-    if not _whole(value) and not (isinstance(value, list) and all(map(_whole, value))):
-        raise ArtifactError(f"The value of {where} must be a whole number ≥ 0 or a list of them. Got {value!r}.")
+    if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+        raise ArtifactError(f"The {where} sets {name!r}.", "only public attributes that state a size can be set")
+    if not _counts(value) and not (isinstance(value, list) and value and all(map(_counts, value))):
+        raise ArtifactError(f"The value of {where} must be a whole number ≥ 1 or a list of them. Got {value!r}.")
     return AttributeEdit(entry["path"], name, tuple(value) if isinstance(value, list) else value)
 
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _counts(value: Any) -> bool:
+    return _whole(value) and 1 <= value < _LARGEST
+
+
+def is_size(module: nn.Module, name: str) -> bool:
+    """Return whether an attribute can be edited: public, the module's own, a whole number ≥ 1 or a tuple of them."""
+    value = None if name.startswith("_") else vars(module).get(name)
+    return _counts(value) or (type(value) is tuple and len(value) > 0 and all(map(_counts, value)))
+
+
+def _set_size(module: nn.Module, edit: AttributeEdit) -> None:
+    old = vars(module)[edit.name] if is_size(module, edit.name) else None
+    alike = type(old) is type(edit.value) and (not isinstance(old, tuple) or len(old) == len(cast(Any, edit.value)))
+    if not alike:
+        raise SurgeryError(f"The module `{edit.path}` has no attribute {edit.name!r} that may be set.")
+    setattr(module, edit.name, edit.value)
 
 
 def _resize(entry: Mapping[str, Any], where: str) -> ResizeEdit:
@@ -314,10 +337,10 @@ def apply_edits_(module: nn.Module, edits: Sequence[Edit]) -> nn.Module:
             module = replace_everywhere_(module, edit.path, layer_from_data(edit.layer, target))
         elif isinstance(edit, ResizeEdit):
             resize_(target, edit)
+        elif isinstance(edit, MaskEdit):
+            mask_(target, edit.parameter, None, schedule_from_data(edit.schedule))
         else:
-            if edit.name not in ATTRIBUTES or not hasattr(target, edit.name):
-                raise SurgeryError(f"The module `{edit.path}` has no attribute {edit.name!r} that may be set.")
-            setattr(target, edit.name, edit.value)
+            _set_size(target, edit)
     return module
 
 

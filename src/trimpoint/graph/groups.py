@@ -10,8 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from trimpoint.graph.atoms import Atoms, Dimension, Owner, Role, compact, ragged
+from trimpoint.graph.alike import kept_alike, kinds_of, places_of
+from trimpoint.graph.atoms import Atoms, Dimension, Kind, Owner, Role, compact, ragged
 from trimpoint.graph.propagate import Propagation
 from trimpoint.graph.trace import Trace
 from trimpoint.parts import Group, Member
@@ -30,24 +32,43 @@ def coupled_groups(trace: Trace) -> tuple[Group, ...]:
     Args:
         trace: of the model.
     """
-    atoms = Propagation(trace).run()
-    for owner, dim in list(atoms.dimensions):
-        if dim is None and any(other == owner and d is not None for other, d in atoms.dimensions):
-            atoms.freeze_owner(owner, _TWICE)
-    classes, reasons = atoms.solve()
+    propagation, classes, reasons = _solved(trace, None)
+    heads = propagation.atoms.tied_heads(classes)
+    if heads is not None:
+        propagation, classes, reasons = _solved(trace, heads)
+    atoms = propagation.atoms
+    kinds, mixed = kinds_of(atoms, classes)
+    reasons = mixed | reasons
     slots = _slots(atoms, classes)
     units: dict[int, dict[Slot, list[int]]] = defaultdict(dict)
     for slot, positions in slots.items():
         for label, at in positions.items():
             units[label][slot] = at
-    families: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    families: dict[tuple[object, str, Kind], list[int]] = defaultdict(list)
     for label, found in units.items():
         shape = tuple(sorted((slot, len(positions)) for slot, positions in found.items()))
-        families[shape, reasons.get(label, "")].append(label)
+        families[shape, reasons.get(label, ""), kinds.get(label, "channels")].append(label)
     roles = {(entry.owner, d): entry.role for entry in atoms.dimensions.values() for d in _dims(entry)}
     order = {slot: index for index, slot in enumerate(slots)}
-    groups = [_group([units[label] for label in labels], roles, order, str(key[1])) for key, labels in families.items()]
+    groups = [
+        _group([units[label] for label in labels], roles, order, reason, kind)
+        for (_, reason, kind), labels in families.items()
+    ]
+    groups = [
+        replace(group, places=places_of(propagation.shaped, classes, labels)) if group.kind == "heads" else group
+        for group, labels in zip(groups, families.values(), strict=True)
+    ]
+    groups = kept_alike(atoms, classes, groups, list(families.values()))
     return _named([group for group in groups if any(member.role == "out" for member in group.members)])
+
+
+def _solved(trace: Trace, heads: Tensor | None) -> tuple[Propagation, np.ndarray, dict[int, str]]:
+    propagation = Propagation(trace, heads=heads)
+    atoms = propagation.run()
+    for owner, dim in list(atoms.dimensions):
+        if dim is None and any(other == owner and d is not None for other, d in atoms.dimensions):
+            atoms.freeze_owner(owner, _TWICE)
+    return propagation, *atoms.solve()
 
 
 def _dims(entry: Dimension) -> list[int]:
@@ -78,7 +99,9 @@ def _positions(labels: list[int]) -> dict[int, list[int]]:
     return found
 
 
-def _group(units: list[dict[Slot, list[int]]], roles: dict[Slot, Role], order: dict[Slot, int], reason: str) -> Group:
+def _group(
+    units: list[dict[Slot, list[int]]], roles: dict[Slot, Role], order: dict[Slot, int], reason: str, kind: Kind
+) -> Group:
     slots = sorted(units[0], key=lambda slot: order[slot])
     first = next((slot for slot in slots if roles[slot] == "out"), slots[0])
     units = sorted(units, key=lambda unit: unit[first])
@@ -92,7 +115,7 @@ def _group(units: list[dict[Slot, list[int]]], roles: dict[Slot, Role], order: d
         )
         for (path, name), dim in slots
     )
-    return Group(members=members, size=len(units), reason=reason or (_ONE if len(units) == 1 else ""))
+    return Group(members=members, size=len(units), reason=reason or (_ONE if len(units) == 1 else ""), kind=kind)
 
 
 def _named(groups: list[Group]) -> tuple[Group, ...]:

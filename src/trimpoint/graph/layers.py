@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.errors import SurgeryError
+from trimpoint.graph.pruned_attention import PrunedAttention
 
 _MOST = 1 << 31
 
@@ -39,6 +40,68 @@ class LowRank(nn.Sequential):
         for weight in weights[1:]:
             product = product @ weight.T if isinstance(self[0], nn.Embedding) else weight @ product
         return product
+
+
+class LowRankRecurrent(nn.Module):
+    """An LSTM or GRU that reads fewer numbers, behind the layer that makes them: low-rank input weights.
+
+    Args:
+        mode: `"LSTM"` or `"GRU"`.
+        input_size: of what goes in.
+        rank: what the recurrent layer reads of it.
+        hidden_size: of its state.
+        num_layers: of the recurrent layer.
+        bias: whether it has biases.
+        batch_first: whether the batch is the first dimension.
+        dropout: between its layers.
+        bidirectional: whether it runs in both directions.
+        device: of the weights.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        input_size: int,
+        rank: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        self.mode, self.input_size, self.rank, self.hidden_size = mode, input_size, rank, hidden_size
+        self.num_layers, self.batch_first, self.dropout, self.bidirectional = (
+            num_layers,
+            batch_first,
+            dropout,
+            bidirectional,
+        )
+        self.bias = bias or None
+        self.reduce = nn.Linear(input_size, rank, bias=False, device=device)
+        kind = nn.LSTM if mode == "LSTM" else nn.GRU
+        self.recurrent = kind(
+            rank,
+            hidden_size,
+            num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+        )
+
+    def forward(self, inputs: Any, state: Any = None) -> Any:
+        """Return what the recurrent layer returns; `inputs` may be a packed sequence."""
+        if isinstance(inputs, nn.utils.rnn.PackedSequence):
+            return self.recurrent(inputs._replace(data=self.reduce(inputs.data)), state)
+        return self.recurrent(self.reduce(inputs), state)
+
+    def flatten_parameters(self) -> None:
+        """Do what the recurrent layer does."""
+        self.recurrent.flatten_parameters()
 
 
 class PrunedVocabulary(nn.Module):
@@ -102,6 +165,24 @@ _KINDS: dict[str, _Kind] = {
     "conv2d": _Kind(nn.Conv2d, _CONVOLUTION),
     "conv3d": _Kind(nn.Conv3d, _CONVOLUTION),
     "embedding": _Kind(nn.Embedding, ("num_embeddings", "embedding_dim", "padding_idx")),
+    "pruned_attention": _Kind(
+        PrunedAttention,
+        ("embed_dim", "num_heads", "head_dim", "kdim", "vdim", "bias", "dropout", "batch_first"),
+    ),
+    "low_rank_recurrent": _Kind(
+        LowRankRecurrent,
+        (
+            "mode",
+            "input_size",
+            "rank",
+            "hidden_size",
+            "num_layers",
+            "bias",
+            "batch_first",
+            "dropout",
+            "bidirectional",
+        ),
+    ),
     "pruned_vocabulary": _Kind(PrunedVocabulary, ("num_embeddings", "embedding_dim", "rows", "padding_row")),
 }
 _LOW_RANK = "low_rank"
@@ -152,8 +233,12 @@ def check_layer(data: Any) -> str:
 
 
 def _sound(key: str, value: Any) -> bool:
-    if key == "bias":
+    if key == "mode":
+        return value in ("LSTM", "GRU")
+    if key in ("bias", "batch_first", "bidirectional"):
         return isinstance(value, bool)
+    if key == "dropout":
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
     if key == "padding_mode":
         return value in ("zeros", "reflect", "replicate", "circular")
     if key in ("padding_idx", "padding_row") and value is None:

@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.fx import Node
 from torch.nn import functional as F
 
-from trimpoint.graph.atoms import compact, first_of, spread, varies
-from trimpoint.graph.propagate import NO_ATOMS, Handler, Parameter, Propagation, shape_of
+from trimpoint.graph.atoms import compact, spread, varies
+from trimpoint.graph.attention import ATTENTION, matrices
+from trimpoint.graph.propagate import NO_ATOMS, Handler, Parameter, Propagation, argument, shape_of
+from trimpoint.graph.recurrent import RECURRENT
 
-HANDLERS: dict[str, Handler] = {}
-_LONE = "multiplied with values of a fixed size"
+HANDLERS: dict[str, Handler] = {**RECURRENT, **ATTENTION}
+_COMPUTED = "selected by computed positions"
 _PARTNER = "can only go with others that no removable channel makes"
 
-_POINTWISE = frozenset({"hardswish", "hardsigmoid", "copy", "where"})
+_POINTWISE = frozenset({"hardswish", "hardsigmoid", "copy", "where", "multiply", "divide", "true_divide", "subtract"})
 _PASS = """
     dropout feature_dropout alpha_dropout to _to_copy clone contiguous detach alias lift_fresh_copy lift_fresh
     zeros_like ones_like full_like empty_like rand_like randn_like fill tril triu float half bfloat16 type_as
@@ -52,16 +54,6 @@ def rule_of(target: Any) -> Handler | None:
     return None
 
 
-def argument(node: Node, name: str, default: Any = None) -> Any:
-    """Return an argument of a call by its name in the operator's schema."""
-    if name in node.kwargs:
-        return node.kwargs[name]
-    for position, entry in enumerate(cast(Any, node.target)._schema.arguments):
-        if entry.name == name:
-            return node.args[position] if position < len(node.args) else entry.default_value
-    return default
-
-
 def _handles(*names: str) -> Callable[[Handler], Handler]:
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(names, handler))
@@ -88,6 +80,11 @@ def _pointwise(p: Propagation, node: Node) -> Any:
 def _pass(p: Propagation, node: Node) -> Any:
     source = cast(Node, node.args[0])
     return p.values[source] if _shape(source) == _shape(node) else p.unknown(node)
+
+
+@_handles("expand_as")
+def _expand_as(p: Propagation, node: Node) -> Any:
+    return spread(p.ids(node.args[0]).expand(_shape(node)), _shape(node))
 
 
 @_handles("t", "numpy_T", "mT", "transpose", "permute", "swapaxes")
@@ -160,7 +157,7 @@ def _spatial(p: Propagation, node: Node) -> Any:
     ids = p.ids(node.args[0])
     count = int(match.group(1)) if (match := re.search(r"([123])d", name_of(node.target))) else ids.dim() - 2
     spatial = range(ids.dim() - count, ids.dim())
-    p.atoms.require_constant(ids, spatial, f"read by {node.target} across channels")
+    _alike_along(p, ids, list(spatial), f"read by {node.target} across channels")
     for dim in spatial:
         ids = ids.narrow(dim, 0, 1)
     empty = p.none_of(node)
@@ -173,6 +170,8 @@ def _spatial(p: Propagation, node: Node) -> Any:
 def _reduction(p: Propagation, node: Node) -> Any:
     if len([part for part in node.all_input_nodes if shape_of(part) is not None]) > 1:
         return _pointwise(p, node)  # max and min of two tensors
+    if node not in p.live:
+        return p.none_of(node)
     ids = p.ids(node.args[0])
     dims = argument(node, "dim")
     dims = list(range(ids.dim())) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
@@ -198,18 +197,51 @@ def _along(p: Propagation, node: Node) -> Any:
 
 @_handles("index_select")
 def _index_select(p: Propagation, node: Node) -> Any:
-    ids, dim = p.ids(node.args[0]), argument(node, "dim")
-    p.atoms.require_constant(ids, [dim], "selected by computed positions")
+    dim = argument(node, "dim")
+    ids = _table(p, node.args[0], [dim])
+    p.atoms.require_constant(ids, [dim], _COMPUTED)
     return spread(ids.narrow(dim, 0, 1), _shape(node))
+
+
+@_handles("gather")
+def _gather(p: Propagation, node: Node) -> Any:
+    ids, shape = p.ids(node.args[0]), _shape(node)
+    dim = argument(node, "dim") % max(ids.dim(), 1)
+    if any(ids.shape[d] != size and varies(ids, d) for d, size in enumerate(shape) if d != dim):
+        return p.unknown(node)
+    p.atoms.require_constant(ids, [dim], _COMPUTED)
+    return spread(compact(ids.narrow(dim, 0, 1)), shape)
+
+
+def _alike_along(p: Propagation, ids: Tensor, dims: list[int], reason: str) -> None:
+    """Keep what differs along `dims`; rows of a table of parameters are read as a whole, column by column."""
+    rest = any(varies(ids, dim) for dim in range(ids.dim()) if dim not in dims)
+    if rest and any(varies(ids, dim) for dim in dims) and p.atoms.are_elements(ids):
+        first = ids
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        p.atoms.couple(ids, first)
+    p.atoms.require_constant(ids, dims, reason)
+
+
+def _table(p: Propagation, source: Any, rows: list[int]) -> Tensor:
+    """Return the ids of what is read by its rows; a parameter with one other dimension is a table of channels."""
+    parameter = p.parameter(source)
+    rest = [dim for dim in range(len(parameter.shape)) if dim not in rows] if parameter else []
+    if parameter is None or len(rest) != 1:
+        return p.ids(source)
+    own = p.dimension(parameter, rest[0], "through")
+    return spread(own.view([-1 if dim == rest[0] else 1 for dim in range(len(parameter.shape))]), parameter.shape)
 
 
 @_handles("index")
 def _index(p: Propagation, node: Node) -> Any:
     """Index by tensors along dimensions in which ids do not vary: any position will do."""
-    ids, indices = p.ids(node.args[0]), cast(list[Node | None], node.args[1])
+    indices = cast(list[Node | None], node.args[1])
+    ids = _table(p, node.args[0], [d for d, i in enumerate(indices) if i is not None])
     if any(i is not None and i.meta["val"].dtype in (torch.bool, torch.uint8) for i in indices):
         return p.unknown(node)
-    p.atoms.require_constant(ids, [d for d, i in enumerate(indices) if i is not None], "selected by computed positions")
+    _alike_along(p, ids, [d for d, i in enumerate(indices) if i is not None], _COMPUTED)
     zeros = [None if i is None else torch.zeros(_shape(i), dtype=torch.long) for i in indices]
     return spread(cast(Any, torch.ops.aten.index.Tensor)(ids, zeros), _shape(node))
 
@@ -270,39 +302,7 @@ def _matmul(p: Propagation, node: Node) -> Any:
     weight = p.parameter(right)
     if weight is not None and len(weight.shape) == 2 and p.parameter(left) is None:
         return _product(p, node, left, weight, 0, 1, None)
-    if weight is not None or p.parameter(left) is not None:
-        return p.unknown(node, "a parameter is multiplied from the left, or in batches")
-    a, b = p.ids(left), p.ids(right)
-    if a.dim() < 2 or b.dim() < 2:
-        return p.unknown(node)
-    shape = _shape(node)
-    if varies(a, -1) or varies(b, -2):
-        p.atoms.couple_strictly(a.unsqueeze(-1), b.unsqueeze(-3), _LONE)
-    rows = p.nothing(shape) if varies(a, -1) else a.narrow(-1, 0, 1).expand(shape)
-    columns = p.nothing(shape) if varies(b, -2) else b.narrow(-2, 0, 1).expand(shape)
-    if bool((compact(rows) >= 0).any() and (compact(columns) >= 0).any()):
-        for ids in (rows, columns):
-            p.atoms.freeze(ids, "meets other channels in a product")
-    return spread(first_of(rows, columns), shape)
-
-
-@_handles("scaled_dot_product_attention")
-def _attention(p: Propagation, node: Node) -> Any:
-    q, k, v = (p.ids(part) for part in node.args[:3])
-    shape, mask = _shape(node), argument(node, "attn_mask")
-    if mask is not None:
-        p.keep(mask, "added to the weights of attention")
-    for part in (q, k):
-        if argument(node, "scale") is None:
-            p.atoms.require_constant(part, [-1], "the scale of attention follows from the size of a head")
-        p.atoms.require_constant(part, [-2], "positions of attention")
-    if argument(node, "scale") is not None:
-        p.atoms.couple_strictly(q.unsqueeze(-2), k.unsqueeze(-3), _LONE)
-    p.atoms.require_constant(v, [-2], "positions of attention")
-    carried = v.narrow(-2, 0, 1)
-    if any(size not in (1, wide) for size, wide in zip(carried.shape, shape, strict=True)):
-        return p.unknown(node)
-    return spread(carried.expand(shape), shape)
+    return matrices(p, node, left, right)
 
 
 @_handles("embedding")
@@ -395,5 +395,6 @@ def _layer_norm(p: Propagation, node: Node) -> Any:
     p.atoms.require_constant(ids, range(-len(shape), 0), reason)
     for part in node.all_input_nodes[1:]:
         own = p.ids(part)
-        p.atoms.consume(ids, own, NO_ATOMS)
+        if p.apart([ids, own])[1] is own:
+            p.atoms.consume(ids, own, NO_ATOMS)
     return ids

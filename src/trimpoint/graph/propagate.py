@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from trimpoint.graph.atoms import Atoms, Owner, compact, first_of, spread
+from trimpoint.graph.atoms import Atoms, Owner, compact, first_of, spread, ties, varies
 from trimpoint.graph.trace import Trace
 
+SHARED = "shared by all heads of attention"
 OUTPUT = "reaches the model's output"
 NO_ATOMS = "reads values that no removable channel makes, such as the model's input"
 
@@ -43,15 +44,23 @@ class Propagation:
         trace: the model.
         atoms: what is learnt.
         values: node → id tensor, `Parameter`, or a tuple of them; `None` for what is no tensor.
+        shaped: id tensors that were given their shape by the code of a module, with the module's path.
+        live: the nodes that the output depends on; others run, but what they compute is of no account.
+        heads: for each atom its head, or −1, where they are known from an earlier propagation.
     """
 
     trace: Trace
     atoms: Atoms = field(default_factory=Atoms)
     values: dict[Node, Any] = field(default_factory=dict)
+    shaped: list[tuple[Tensor, str]] = field(default_factory=list)
+    live: set[Node] = field(default_factory=set)
+    heads: Tensor | None = None
 
     def run(self) -> Atoms:
         """Propagate through the whole graph."""
-        for node in self.trace.program.graph.nodes:
+        graph = self.trace.program.graph
+        self.live = _live(graph)
+        for node in graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = self._placeholder(node)
             elif node.op == "call_function":
@@ -87,6 +96,9 @@ class Propagation:
         if isinstance(value, Tensor):
             path = self.trace.modules[node.name]
             self.atoms.watch(value, f"split by a reshape to fixed sizes (such as attention heads) in `{path}`")
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, Tensor) and _shapes(node):
+                self.shaped.append((compact(part).expand(part.shape), self.trace.modules[node.name]))
 
     # What handlers use
 
@@ -139,24 +151,50 @@ class Propagation:
 
     def elementwise(self, node: Node, inputs: Sequence[Node]) -> Tensor:
         """Couple what meets at each position of the result of a broadcasting operator."""
-        shape = shape_of(node) or ()
+        return self.meet(shape_of(node) or (), [self.ids(part) for part in inputs])
+
+    def meet(self, shape: Sequence[int], inputs: Sequence[Tensor]) -> Tensor:
+        """Couple the atoms of `inputs` that meet when they are broadcast to `shape`, and return those of the result."""
         result = self.nothing(shape)
         operands: list[tuple[Tensor, tuple[int, ...]]] = []
-        for part in inputs:
-            ids = self.ids(part)
+        for ids in self.apart(inputs):
             lead = len(shape) - ids.dim()
             own = tuple(d + lead for d in range(ids.dim()) if not (ids.shape[d] == 1 and shape[d + lead] > 1))
             wide = any(shape[d] > 1 for d in range(len(shape)) if d not in own)
             if wide and compact(ids).numel() == 1:
                 # The one channel of a tensor that is broadcast over the others' channels.
                 self.atoms.freeze(ids, "a single channel that is broadcast over others")
-                ids = self.nothing(ids.shape)
-            operands.append((ids.expand(shape), own))
-        for ids, _ in operands:
+                operands.append((result, own))
+            else:
+                operands.append((ids.expand(tuple(shape)), own))
+        for ids in self._by_detail([ids for ids, _ in operands]):
             result = spread(first_of(result, ids), shape)
         for ids, own in operands:
             self.atoms.couple(result, ids)
             self.atoms.require_size(result, ids, own, "meets values of a fixed size in an elementwise operator")
+        return result
+
+    def _by_detail(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return ids of one shape, those that vary along more dimensions first, elements of parameters last."""
+        counts = [sum(varies(ids, dim) for dim in range(ids.dim())) for ids in inputs]
+        if len({count for count in counts if count}) > 1:
+            counts = [0 if self.atoms.are_elements(ids) else n for ids, n in zip(inputs, counts, strict=True)]
+            return [inputs[at] for at in sorted(range(len(inputs)), key=lambda at: -counts[at])]
+        return list(inputs)
+
+    def apart(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Return ids that meet; where heads are known, without those that would tie heads to each other.
+
+        Such are values that all heads read alike: rotary positions, masks, a norm of queries and keys.
+        """
+        if self.heads is None:
+            return list(inputs)
+        result = []
+        for index, ids in enumerate(inputs):
+            shared = any(ties(ids, other, self.heads) for at, other in enumerate(inputs) if at != index)
+            if shared:
+                self.atoms.freeze(ids, SHARED)
+            result.append(self.nothing(ids.shape) if shared else ids)
         return result
 
 
@@ -164,6 +202,33 @@ def shape_of(node: Node) -> tuple[int, ...] | None:
     """Return the shape of the tensor that a node makes; `None` if it makes none, or several."""
     value = node.meta.get("val")
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else None
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """Return an argument of a call by its name in the operator's schema."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for position, entry in enumerate(cast(Any, node.target)._schema.arguments):
+        if entry.name == name:
+            return node.args[position] if position < len(node.args) else entry.default_value
+    return default
+
+
+def _live(graph: Graph) -> set[Node]:
+    """Return the nodes that the output depends on, and those that write into their arguments."""
+    live: set[Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        writes = schema is not None and schema.is_mutable
+        if node.op == "output" or writes or any(user in live for user in node.users):
+            live.add(node)
+    return live
+
+
+def _shapes(node: Node) -> bool:
+    """Return whether sizes are arguments of a call."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(str(entry.type) in ("List[int]", "int") for entry in schema.arguments)
 
 
 Handler = Callable[[Propagation, Node], Any]

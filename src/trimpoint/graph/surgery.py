@@ -1,13 +1,13 @@
 """Structural edits of a model in place: bypassing blocks, removing units of coupled groups; each checked by running."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from trimpoint.errors import SurgeryError, UnknownNameError, suggest
+from trimpoint.graph.alike import check_alike, together
 from trimpoint.graph.edits import (
     AttributeEdit,
     Bypass,
@@ -18,12 +18,13 @@ from trimpoint.graph.edits import (
     apply_edits_,
     edits_from_data,
     edits_to_data,
+    is_size,
     replace_everywhere_,
     returned_structure,
-    tensors_in,
 )
+from trimpoint.graph.head_sizes import head_sizes
 from trimpoint.graph.layers import layer_to_data
-from trimpoint.losses import call
+from trimpoint.graph.running import check_shapes, compare, evaluating, in_double, run
 from trimpoint.parts import Group
 
 __all__ = [
@@ -41,26 +42,8 @@ __all__ = [
     "replace_",
 ]
 
-# What a model's forward pass raises when sizes no longer fit.
-_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-def _run(module: nn.Module, inputs: Any) -> list[Tensor]:
-    torch.manual_seed(0)
-    return list(tensors_in(call(module, inputs)))
+_FIXED = "; how many heads there are stands in the code, or where this model's modules share it"
+_RECURRENT = {"input_size": "weight_ih", "hidden_size": "weight_hh"}
 
 
 # Blocks
@@ -91,17 +74,17 @@ def bypass_(module: nn.Module, path: str, inputs: Any) -> list[Edit]:
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         recorded.append(returned_structure(path, args, kwargs, output))
 
-    with _evaluating(module):
+    with evaluating(module):
         handle = block.register_forward_hook(record, with_kwargs=True)
         try:
-            before = _run(module, inputs)
+            before = run(module, inputs)
         finally:
             handle.remove()
         if not recorded:
             raise SurgeryError(f"The block `{path}` was not called for these inputs.")
         bypass = Bypass(recorded[0], block)
         replace_everywhere_(module, path, bypass)
-        reason = _check_shapes(module, inputs, before)
+        reason = check_shapes(module, inputs, before)
         if reason:
             replace_everywhere_(module, path, block)
             raise SurgeryError(f"Without the block `{path}` {reason}")
@@ -130,11 +113,11 @@ def replace_(module: nn.Module, path: str, layer: nn.Module, inputs: Any) -> tup
     if inputs is None:
         return replace_everywhere_(module, path, layer), edits
     calls: list[None] = []
-    with _evaluating(module):
-        before = _run(module, inputs)
+    with evaluating(module):
+        before = run(module, inputs)
         changed = replace_everywhere_(module, path, layer)
         handle = layer.register_forward_hook(lambda *_: calls.append(None))
-        reason = _check_shapes(changed, inputs, before)
+        reason = check_shapes(changed, inputs, before)
         handle.remove()
         if not reason and not calls:
             reason = "the model reads the weight of the layer, it does not call it"
@@ -149,18 +132,6 @@ def _alike(one: nn.Module, other: nn.Module) -> bool:
     """Return whether two modules differ in nothing but the values of their tensors."""
     shapes = [{name: (t.shape, t.dtype) for name, t in part.state_dict().items()} for part in (one, other)]
     return type(one) is type(other) and shapes[0] == shapes[1] and repr(one) == repr(other)
-
-
-def _check_shapes(module: nn.Module, inputs: Any, before: Sequence[Tensor]) -> str:
-    """Return what is wrong with the model's outputs after an edit, or `""`."""
-    try:
-        after = _run(module, inputs)
-    except _FAILURES as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"the model does not run ({type(error).__name__}: {lines[0]})"
-    if [t.shape for t in after] != [t.shape for t in before]:
-        return f"the outputs change from {[list(t.shape) for t in before]} to {[list(t.shape) for t in after]}"
-    return ""
 
 
 # Units of groups
@@ -184,28 +155,42 @@ def remove_units_(
         The edits, to be replayed by `apply_edits_`, and for each group that was left whole the reason.
 
     Raises:
-        SurgeryError: if a group would lose all its units, must not be touched, or has no such unit.
+        SurgeryError: if a group would lose all its units, must not be touched, or has no such unit, or if groups that
+            are `alike` would lose unequal numbers of units.
         UnknownNameError: if there is no such group.
     """
     chosen = _checked(groups, removals)
     failed: dict[str, str] = {}
     accepted: list[str] = []
+    stated: list[Edit] = []
 
-    def settle(names: list[str]) -> None:
-        if not names:
-            return
-        reason = _attempt(module, {name: chosen[name] for name in [*accepted, *names]}, inputs)
+    def attempt(names: list[str], inputs: Any) -> str:
+        reason = ""
+        for sizes in head_sizes(module, {name: chosen[name] for name in names}):
+            wanted = {name: chosen[name] for name in [*accepted, *names]}
+            found = _attempt(module, wanted, [*stated, *sizes], inputs)
+            if not found:
+                stated.extend(sizes)
+                return ""
+            reason = reason or found
+        return reason
+
+    def settle(sets: list[list[str]], inputs: Any) -> None:
+        names = [name for alike in sets for name in alike]
+        reason = attempt(names, inputs) if names else ""
         if not reason:
             accepted.extend(names)
-        elif len(names) == 1:
-            failed[names[0]] = reason
+        elif len(sets) == 1:
+            heads = any(chosen[name][0].kind == "heads" for name in names)
+            failed.update(dict.fromkeys(names, reason + _FIXED * heads))
         else:
-            settle(names[: len(names) // 2])
-            settle(names[len(names) // 2 :])
+            settle(sets[: len(sets) // 2], inputs)
+            settle(sets[len(sets) // 2 :], inputs)
 
-    with _evaluating(module):
-        settle(list(chosen))
-    edits = _edits(module, {name: chosen[name] for name in accepted})
+    precise = any(group.kind == "heads" for group, _ in chosen.values())
+    with evaluating(module), in_double(module, inputs, precise) as read:
+        settle(together([group for group, _ in chosen.values()]), read)
+    edits = [*_edits(module, {name: chosen[name] for name in accepted}), *stated]
     apply_edits_(module, edits)
     return edits, failed
 
@@ -231,6 +216,7 @@ def _checked(groups: Sequence[Group], removals: Mapping[str, Sequence[int]]) -> 
                 f"All {group.size} units of the group {name!r} would be removed.", "keep one, or bypass the block"
             )
         chosen[name] = (group, wanted)
+    check_alike(groups, {name: len(units) for name, (_, units) in chosen.items()})
     return chosen
 
 
@@ -262,7 +248,7 @@ def _edits(module: nn.Module, chosen: _Choice) -> list[Edit]:
         if id(part) not in seen:
             seen.add(id(part))
             values = _attributes(part, sizes)
-            edits += [AttributeEdit(path, k, v) for k, v in values.items() if getattr(part, k) != v]
+            edits += [AttributeEdit(path, k, v) for k, v in values.items() if is_size(part, k) and vars(part)[k] != v]
     return edits
 
 
@@ -273,10 +259,13 @@ def _attributes(part: nn.Module, sizes: Mapping[int, list[int]]) -> dict[str, in
         for name, tensor in (*part._parameters.items(), *part._buffers.items())
         if tensor is not None and id(tensor) in sizes
     }
+    has = {name for name in vars(part) if not name.startswith("_")}
+    if {"input_size", "hidden_size"} <= has:
+        found = {key: tensors.get(f"{name}_l0") or tensors.get(name) for key, name in _RECURRENT.items()}
+        return {key: shape[1] for key, shape in found.items() if shape is not None}
     shape = tensors.get("weight") or tensors.get("running_mean")
     if shape is None:
         return {}
-    has = {name for name in vars(part) if not name.startswith("_")}
     if {"in_channels", "out_channels", "groups"} <= has:
         return _convolution_attributes(part, shape)
     if {"in_features", "out_features"} <= has and len(shape) == 2:
@@ -306,10 +295,10 @@ def _convolution_attributes(part: Any, shape: Sequence[int]) -> dict[str, int | 
     return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
 
 
-def _attempt(module: nn.Module, chosen: _Choice, inputs: Any) -> str:
+def _attempt(module: nn.Module, chosen: _Choice, stated: Sequence[Edit], inputs: Any) -> str:
     """Remove units, compare with the model that does not read them, undo; return what is wrong or `""`."""
     reference = _masked_outputs(module, chosen, inputs)
-    edits = _edits(module, chosen)
+    edits = [*_edits(module, chosen), *stated]
     tensors = {
         id(t): (t, t.data) for e in edits if isinstance(e, ResizeEdit) for t in [tensor_of(module, e.path, e.parameter)]
     }
@@ -317,8 +306,8 @@ def _attempt(module: nn.Module, chosen: _Choice, inputs: Any) -> str:
     attributes = [(part, name, getattr(part, name)) for part, name in values]
     try:
         apply_edits_(module, edits)
-        reason = _check_shapes(module, inputs, reference)
-        return f"without these channels {reason}" if reason else _compare(_run(module, inputs), reference)
+        reason = check_shapes(module, inputs, reference)
+        return f"without these channels {reason}" if reason else compare(run(module, inputs), reference)
     finally:
         for tensor, data in tensors.values():
             tensor.data = data
@@ -340,20 +329,7 @@ def _masked_outputs(module: nn.Module, chosen: _Choice, inputs: Any) -> list[Ten
             positions = [position for unit in units for position in member.indices[unit]]
             tensor.data.index_fill_(member.dim, torch.tensor(positions, device=tensor.device), 0)
     try:
-        return _run(module, inputs)
+        return run(module, inputs)
     finally:
         for tensor, data in saved.values():
             tensor.data = data
-
-
-def _compare(after: Sequence[Tensor], reference: Sequence[Tensor]) -> str:
-    for got, want in zip(after, reference, strict=True):
-        if not want.is_floating_point() or want.numel() == 0 or not bool(want.isfinite().all()):
-            continue
-        difference = float((got.double() - want.double()).abs().max())
-        if not difference <= _TOLERANCE.get(want.dtype, 0.1) * max(float(want.double().abs().max()), 1e-30):
-            return (
-                "without these channels the model does not compute what it computes when they are not read (a size or "
-                "position is fixed in its code)"
-            )
-    return ""

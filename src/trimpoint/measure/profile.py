@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from trimpoint.errors import DataError
+from trimpoint.graph import baked
 from trimpoint.measure.environment import cpu_name
 from trimpoint.measure.inputs import CoreInputs, core_inputs
 from trimpoint.measure.latency import LatencyResult, measure_latency
@@ -99,6 +100,7 @@ def measure_model(
 
 def static_profile(core: nn.Module, inputs: CoreInputs) -> tuple[Profile, MacCount]:
     """Return `params` and `macs` (of one sample at the median shape) of a module, and the MACs in detail."""
+    core = baked(core)
     macs = count_macs(core, inputs.shapes[inputs.middle])
     metrics = {
         "params": Measurement(value=count_params(core).total, unit="1", how="tied and shared parameters once"),

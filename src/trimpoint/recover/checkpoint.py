@@ -30,11 +30,12 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(model: nn.Module, settings: "Settings") -> str:
-    """Return what a state belongs to: the first weights, what is trained, the settings before the cool-down."""
+def fingerprint(model: nn.Module, settings: "Settings", penalty: str = "") -> str:
+    """Return what a state belongs to: first weights, what is trained, settings before the cool-down, the penalty."""
     fixed = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("steps", "cooldown")}
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    text = json.dumps([_FORMAT, torch.__version__, weights_digest(model), trained, fixed], sort_keys=True)
+    more = [penalty] if penalty else []
+    text = json.dumps([_FORMAT, torch.__version__, weights_digest(model), trained, fixed, *more], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trimpoint.errors import DataError, TrainingError
 from trimpoint.recover.checkpoint import fingerprint, load_state, save_state
 from trimpoint.recover.layout import channels_last_, has_convolutions, prepare, restore_layout_
+from trimpoint.recover.penalty import Penalty
 
 Progress = Callable[[float, str], None]
 _SNAPSHOT_EVERY = 50
@@ -87,6 +88,7 @@ def train(
     *,
     state: Path | None = None,
     progress: Progress | None = None,
+    penalty: Penalty | None = None,
 ) -> Trained:
     """Train `model` in place; the same arguments give the same bytes on one machine and number of threads.
 
@@ -101,6 +103,7 @@ def train(
         state: file in which the state before the cool-down is kept, and from which a longer run goes on. A state of
             other settings, another model or a later step is not used.
         progress: called with the finished share and a short text.
+        penalty: added to the loss.
 
     Raises:
         TrainingError: if nothing can be trained, or the loss or its gradient is not finite; the model then holds the
@@ -118,7 +121,7 @@ def train(
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(settings.seed)
             _set_training(model)
-            return _Run(model, loss_of, batches, settings).run(state, progress)
+            return _Run(model, loss_of, batches, settings, penalty).run(state, progress)
     finally:
         restore_layout_(layout)
         for module, mode in modes.items():
@@ -135,8 +138,10 @@ class _Run:
         loss_of: Callable[[nn.Module, Any], Tensor],
         batches: Callable[[int], Iterator[Any]],
         settings: Settings,
+        penalty: Penalty | None = None,
     ) -> None:
         self.model, self.loss_of, self.batches, self.settings = model, loss_of, batches, settings
+        self.penalty = penalty
         self.optimizer = make_optimizer(model, settings)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.channels_last = has_convolutions(model)
@@ -146,7 +151,8 @@ class _Run:
     def run(self, state: Path | None, progress: Progress | None) -> Trained:
         """Train to the end, from the kept state where there is a fitting one."""
         settings = self.settings
-        mark = "" if state is None else fingerprint(self.model, settings)
+        key = "" if self.penalty is None else self.penalty.key
+        mark = "" if state is None else fingerprint(self.model, settings, key)
         kept = None if state is None else load_state(state, mark, settings.stable, self.model, self.optimizer)
         self.step, self.epoch, self.index = kept or (0, 0, 0)
         resumed = self.step
@@ -195,6 +201,8 @@ class _Run:
         with torch.autocast(self.trained[0].device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             loss = self.loss_of(self.model, batch)
         _check_loss(loss)
+        if self.penalty is not None:
+            loss = loss + self.penalty.of(self.model, self.step)
         value = float(loss.detach())
         if math.isfinite(value):
             loss.backward()  # type: ignore[no-untyped-call]

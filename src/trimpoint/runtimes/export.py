@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from trimpoint.data import as_tensors
 from trimpoint.errors import ExportError, ModelError
+from trimpoint.graph import bake_masks_
 from trimpoint.runtimes import export_errors, onnx_graph
 from trimpoint.runtimes.base import Exported
 from trimpoint.runtimes.quiet import quiet
@@ -105,6 +106,7 @@ def _owners(module: nn.Module) -> tuple[dict[str, str], set[str]]:
 
 def _copied(module: nn.Module) -> nn.Module:
     result = copy.deepcopy(module).eval().cpu()
+    bake_masks_(result)
     for parameter in result.parameters():
         parameter.requires_grad_(False)
     return result

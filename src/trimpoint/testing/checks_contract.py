@@ -102,7 +102,8 @@ def check_traits_sound(method: Method, _: ZooEntry) -> None:
     recovers = traits.stage is Stage.RECOVER
     expect(not (recovers and traits.removes is not Fact.NONE), "a recovery step must not remove facts.")
     expect(not (recovers and traits.reduces), "a recovery step reduces nothing in the exported file.")
-    expect(traits.acts_on == "modules" or not traits.targets, "`targets` are for methods that act on modules.")
+    typed = traits.acts_on in ("modules", "groups")
+    expect(typed or not traits.targets, "`targets` are for methods that act on modules or groups.")
     expect(traits.acts_on != "modules" or bool(traits.targets), "a method that acts on modules must name `targets`.")
 
 

@@ -47,7 +47,7 @@ def check_rebuild(method: Method, entry: ZooEntry) -> None:
 def check_better_than_zeroing(method: Method, entry: ZooEntry) -> None:
     """The error of the outputs is smaller than if the weights of what was changed were set to zero."""
     result = applied(_weak(method), entry)
-    changed = [c.origin for c in result.compressed.changes if c.kind in ("replaced", "resized", "assigned")]
+    changed = [c.origin for c in result.compressed.changes if c.kind in ("replaced", "resized", "masked", "assigned")]
     if changed:
         error = _error(_weak(method), entry)
         reference = core_answer(result.model, result.task)
@@ -146,7 +146,7 @@ def _zeroed(model: nn.Module, origins: list[str]) -> nn.Module:
     with torch.no_grad():
         for origin in origins:
             for name, parameter in zeroed.get_submodule(origin).named_parameters():
-                if name.rpartition(".")[2] == "weight":
+                if name.rpartition(".")[2].startswith("weight"):
                     parameter.zero_()
     return zeroed
 

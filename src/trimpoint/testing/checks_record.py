@@ -115,7 +115,7 @@ def check_where_respected(method: Method, entry: ZooEntry) -> None:
         told = [
             c.origin
             for c in compressed.changes
-            if c.kind in ("replaced", "bypassed", "assigned") and not _meant(where, model, c.origin)
+            if c.kind in ("replaced", "bypassed", "masked", "assigned") and not _meant(where, model, c.origin)
         ]
         expect(not told, f"with where={str(where)!r}, changes outside of it are recorded: {few(told)}.")
 

@@ -105,7 +105,8 @@ def check_names_kept(method: Method, entry: ZooEntry) -> None:
     result = applied(method, entry)
     before = dict(result.model.named_modules(remove_duplicate=False))
     after = dict(result.compressed.module.named_modules(remove_duplicate=False))
-    gone = {c.origin for c in result.compressed.changes if c.kind in ("bypassed", "replaced")}
+    replaced = [before.get(c.origin) for c in result.compressed.changes if c.kind in ("bypassed", "replaced")]
+    gone = {path for path, module in before.items() if any(module is other for other in replaced)}
     lost = [path for path in before if path not in after and not any(within(path, root) for root in gone)]
     expect(not lost, f"modules of the original are missing in the result: {few(lost)}. Removal must not rename.")
     added = [path for path in after if path not in before and not any(within(path, root) for root in gone)]

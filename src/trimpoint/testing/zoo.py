@@ -258,6 +258,8 @@ def _entries() -> list[ZooEntry]:
         _entry("detector", "conv inner_loss core", lambda: models.Detector().eval(), _detection),
         _entry("attention", "linear attention", lambda: models.AttentionClassifier().eval(), _rows(5, 16)),
         _entry("lstm", "linear recurrent", lambda: models.LstmClassifier().eval(), _rows(6, 8)),
+        _entry("gru_stack", "linear recurrent", lambda: models.GruStack().eval(), _rows(6, 8)),
+        _entry("bidirectional", "linear recurrent", lambda: models.BidirectionalLstm().eval(), _rows(6, 8)),
         _entry(
             "tiny_scale", "conv linear tiny_scale", lambda: models.scale_weights(models.plain_cnn(), 1e-6), _images()
         ),

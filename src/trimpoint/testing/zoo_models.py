@@ -208,6 +208,35 @@ class LstmClassifier(nn.Module):
         return self.head(F.relu(self.hidden(states[:, -1])))  # type: ignore[no-any-return]
 
 
+class GruStack(nn.Module):
+    """Read `[batch, 6, 8]` with two GRU layers, time first, and classify the final states of both: `[batch, 4]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(8, 16, num_layers=2)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify sequences."""
+        _, final = self.gru(x.transpose(0, 1))
+        return self.head(torch.tanh(torch.cat([final[0], final[1]], 1)))  # type: ignore[no-any-return]
+
+
+class BidirectionalLstm(nn.Module):
+    """Add two LSTM layers of both directions to a projection of their input: `[batch, 6, 8]` to `[batch, 4]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 32)
+        self.lstm = nn.LSTM(8, 16, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify sequences."""
+        states, _ = self.lstm(x)
+        return self.head((states + self.project(x)).mean(1))  # type: ignore[no-any-return]
+
+
 class NoParameters(nn.Module):
     """Classify by the mean colour: nothing to learn and nothing to compress."""
 

@@ -1,0 +1,158 @@
+"""Replace the input weights of LSTM and GRU layers by two thinner matrices."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trimpoint.graph.layers import LowRankRecurrent
+from trimpoint.low_rank import RankRule
+from trimpoint.low_rank.fit import WEIGHTINGS, Fit, fitted, weights_of
+from trimpoint.low_rank.observed import unfit
+from trimpoint.low_rank.ranks import RULES
+from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
+from trimpoint.parts import Block, Group
+
+_ARGUMENTS = ("hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizeRecurrent(Method):
+    """Replace what an LSTM or GRU reads by fewer numbers: a thin linear layer in front, a narrower layer behind it.
+
+    The input weights of all gates, of both directions, are one matrix; its factors are the linear layer and the input
+    weights of the recurrent layer, which stays one operator of the runtime. How the matrix is approximated is as for a
+    linear layer: by the inputs that occur, by the Fisher information of the loss, or plainly.
+
+    When it pays:
+        For the size of the file, where the input is wide against the hidden state: word vectors, spectra, features of
+        a network before it. It makes little faster: the input weights are multiplied for all time steps at once, and
+        it is the state's weights, step after step, that take the time. Removing hidden units is worth more there.
+    What it costs:
+        Quality falls with the rank; plan a recovery step behind it.
+    Needs:
+        `calibrate` data for `weighting="activation"` (which `"auto"` takes where there is such data); for `"fisher"`
+        also a loss.
+    Leaves alone:
+        The state's weights: their factors would have to stand inside the recurrence, where the LSTM and GRU operators
+        of ONNX have no place for them (they know no projection), and an unrolled loop would be slower than what it
+        replaces. The input weights of later layers, which stand inside the operator too. Layers with `proj_size`, and
+        those whose factors would have no fewer parameters.
+
+    References:
+        Prabhavalkar et al., "On the compression of recurrent neural networks with an application to LVCSR acoustic
+        modeling for embedded speech recognition" (2016); Wang et al., "SVD-LLM: truncation-aware singular value
+        decomposition for large language model compression" (2024), for the weighting by the inputs.
+    """
+
+    rank_ratio: float = param(
+        0.5,
+        doc='share of the input weights\' parameters that the factors have, for rank="ratio"; 1 changes nothing',
+        bounds=Bounds(gt=0, le=1),
+        noop=1.0,
+        weak=0.75,
+        search=(0.75, 0.5, 0.35),
+    )
+    rank: str = param(
+        "ratio",
+        doc="how the rank is chosen: by the share of parameters, by the share of the weighted squares that it keeps, "
+        "or by variational Bayes",
+        choices=RULES,
+    )
+    energy: float = param(
+        0.95, doc='share of the (weighted) sum of squares that is kept, for rank="energy"', bounds=Bounds(gt=0, le=1)
+    )
+    round_to: int = param(1, doc="ranks are multiples of this; 8 or 16 suit most kernels", bounds=Bounds(ge=1))
+    weighting: str = param(
+        "auto",
+        doc="what an error counts: all weights the same, by the layer's inputs, by the Fisher information of the loss, "
+        "or by the inputs where there is `calibrate` data and all the same where not",
+        choices=WEIGHTINGS,
+    )
+
+    traits: ClassVar[Traits] = Traits(
+        stage=Stage.FACTORIZE,
+        targets=("LSTM", "GRU"),
+        requires=Fact.FLOAT_WEIGHT | Fact.DENSE,
+        removes=Fact.ORIGINAL_SHAPE,
+        reduces=frozenset({"params"}),
+        status="experimental",
+    )
+
+    def apply(self, ctx: Context) -> None:
+        """Replace every recurrent layer in scope that becomes smaller."""
+        sites = []
+        for site in ctx.modules():
+            if reason := self._unfit(ctx, site):
+                ctx.skip(site.path, reason)
+            else:
+                sites.append(site)
+        if not sites:
+            return
+        rule = RankRule(self.rank, self.rank_ratio, self.energy, self.round_to)
+        sizes = {site.path: int(_input_weights(site.module)[0].shape[1]) for site in sites}
+        weights = weights_of(ctx, self.weighting, sizes, dict.fromkeys(sizes, _gradient))
+        for site in sites:
+            layer: Any = site.module
+            matrix = torch.cat([weight.detach() for weight in _input_weights(layer)])
+            rows, size = matrix.shape
+            fit = fitted(matrix, site.path, weights, rule, cost=rows + size, whole=rows * size, bias=layer.bias)
+            if isinstance(fit, str):
+                ctx.skip(site.path, fit)
+            else:
+                note = f"rank {fit.rank} of {min(rows, size)}, {weights.note}, {fit.error:.2%} of the squares lost"
+                ctx.replace(site.path, _narrower(layer, fit), note)
+
+    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
+        """Return nothing: what is left of the whole layer depends on sizes that blocks and groups do not tell."""
+        return {}
+
+    def _unfit(self, ctx: Context, site: Site) -> str:
+        layer: Any = site.module
+        if site.path and isinstance(ctx.get(site.path.rpartition(".")[0]), LowRankRecurrent):
+            return "its input weights are factors already"
+        if reason := unfit(ctx, site, nn.LSTM if isinstance(layer, nn.LSTM) else nn.GRU):
+            return reason
+        if layer.proj_size:
+            return "it projects its state, which no runtime here can run"
+        return "rank_ratio=1 keeps all of it" if self.rank == "ratio" and self.rank_ratio == 1 else ""
+
+
+def _input_weights(layer: Any) -> list[nn.Parameter]:
+    """Return the input weights of the first layer, `[gates · hidden, in]`, one for each direction."""
+    return [getattr(layer, f"weight_ih_l0{end}") for end in _directions(layer)]
+
+
+def _directions(layer: Any) -> tuple[str, ...]:
+    return ("", "_reverse") if layer.bidirectional else ("",)
+
+
+def _gradient(layer: nn.Module) -> Tensor:
+    """Return the gradient of the input weights, `[directions · gates · hidden, in]`; zero where there is none."""
+    return torch.cat([w.grad if w.grad is not None else torch.zeros_like(w) for w in _input_weights(layer)])
+
+
+def _narrower(layer: Any, fit: Fit) -> LowRankRecurrent:
+    """Return the layer behind its first factor, with the second as input weights."""
+    arguments = {name: getattr(layer, name) for name in _ARGUMENTS}
+    like = layer.weight_ih_l0
+    made = LowRankRecurrent(layer.mode, layer.input_size, fit.rank, **arguments, device="meta")
+    made = made.to_empty(device=like.device).to(like.dtype)
+    old, new = dict(layer.named_parameters()), dict(made.recurrent.named_parameters())
+    with torch.no_grad():
+        made.reduce.weight.copy_(fit.first)
+        for name, parameter in new.items():
+            if name in old and old[name].shape == parameter.shape:
+                parameter.copy_(old[name])
+        parts = zip(_directions(layer), fit.second.chunk(len(_directions(layer))), strict=True)
+        shifts = fit.shift.chunk(len(_directions(layer)))
+        for (end, weight), shift in zip(parts, shifts, strict=True):
+            new[f"weight_ih_l0{end}"].copy_(weight)
+            if layer.bias:
+                new[f"bias_ih_l0{end}"].copy_(old[f"bias_ih_l0{end}"].double() + shift)
+    for name, parameter in new.items():
+        parameter.requires_grad_(old[name].requires_grad)
+    made.reduce.weight.requires_grad_(like.requires_grad)
+    return made

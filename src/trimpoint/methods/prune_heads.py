@@ -1,0 +1,214 @@
+"""Remove whole heads of attention."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trimpoint.errors import DataError
+from trimpoint.graph import pruned_attention, why_unprunable
+from trimpoint.importance import NAMES, between_groups, scores
+from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
+from trimpoint.parts import Block, Group, Member
+
+CONTRIBUTION = "contribution"
+_WATCHED = (CONTRIBUTION, "activation")
+_OTHER = {"channels": "its units are channels, no attention heads", "hidden": "its units are hidden units, no heads"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneHeads(Method):
+    """Remove the least important heads of attention, with their part of every projection.
+
+    Heads are found in the traced graph, by how the products of attention are made, and not by the classes of modules;
+    where several query heads share one head of keys and values they go together. An `nn.MultiheadAttention` cannot lose
+    heads as it is: where some go, it is replaced by an attention that computes the same and can.
+
+    When it pays:
+        In transformers with more heads than they use; the projections become narrower, which is seen in size and time
+        alike. At short lengths most of the time is in the feed-forward layers, which this leaves alone: a third of the
+        parameters of a usual encoder layer is all that it can reach, and removing whole blocks is worth more.
+    What it costs:
+        Quality falls with the ratio; plan a recovery step behind it. `taylor`, `fisher` and `group-fisher` cost
+        backward passes over the calibration data, `activation` and `contribution` a forward pass.
+    Needs:
+        Example inputs to find the heads; for what is measured on data also `calibrate` data, and a loss for gradients.
+    Leaves alone:
+        The last head of each attention; attention whose weights are returned, whose code or a shared configuration
+        fixes the number of heads, or which learns keys and values of its own; each with its reason.
+
+    References:
+        Michel et al., "Are sixteen heads really better than one?" (2019); Voita et al., "Analyzing multi-head
+        self-attention: specialized heads do the heavy lifting, the rest can be pruned" (2019); Kobayashi et al.,
+        "Attention is not only a weight: analyzing transformers with vector norms" (2020), for the norm of what a head
+        adds to the output (`contribution`), which unlike the weights of attention needs no knowledge of the module.
+    """
+
+    ratio: float = param(
+        0.5,
+        doc="share to remove of the heads that there are now",
+        bounds=Bounds(ge=0, lt=1),
+        noop=0.0,
+        weak=0.25,
+        search=(0.25, 0.5, 0.75),
+    )
+    importance: str = param(
+        "magnitude",
+        doc="what makes a head important: a criterion for coupled groups, `contribution` for the norm of what it adds "
+        "to the output of its attention, or `package.module:attribute` for a function of your own",
+        choices=(*NAMES, CONTRIBUTION),
+        reference=True,
+    )
+    scope: str = param(
+        "local",
+        doc="the same share of each attention, or the least important heads of all (scores divided by their mean)",
+        choices=("local", "global"),
+    )
+
+    traits: ClassVar[Traits] = Traits(
+        stage=Stage.STRUCTURE,
+        acts_on="groups",
+        requires=Fact.FLOAT_WEIGHT,
+        removes=Fact.ORIGINAL_SHAPE,
+        reduces=frozenset({"params", "macs", "file_bytes"}),
+        status="experimental",
+    )
+
+    def apply(self, ctx: Context) -> None:
+        """Remove the least important heads of every attention in scope."""
+        groups = []
+        for group in ctx.groups():
+            reason = _OTHER.get(group.kind) or _fixed(ctx.module, group) or ("the ratio is 0" if not self.ratio else "")
+            if reason:
+                _skip(ctx, group, reason)
+            else:
+                groups.append(group)
+        if self.importance in _WATCHED:
+            sure = [group for group in groups if self.scope == "global" or math.floor(group.size * self.ratio)]
+            groups = _made_prunable(ctx, sure) + [group for group in groups if group not in sure]
+        gone = self._gone(groups, self._scores(ctx, groups)) if groups else {}
+        for group in groups:
+            if not gone[group.name]:
+                _skip(ctx, group, f"none of its {group.size} heads is among the least important {self.ratio:.0%}")
+        losing = [group for group in groups if gone[group.name]]
+        ready = _made_prunable(ctx, losing)
+        ctx.resize({new.name: gone[old.name] for old, new in zip(losing, ready, strict=True)})
+
+    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
+        """Return the share of each projection's multiplications that is left after the same share of heads goes."""
+        shares: dict[str, float] = {}
+        for group in groups:
+            if group.kind == "heads" and not group.reason:
+                kept = 1 - math.floor(group.size * self.ratio) / group.size
+                shares |= dict.fromkeys((m.path for m in group.members if m.role != "through"), kept)
+        return {path: share for path, share in shares.items() if share < 1}
+
+    def _scores(self, ctx: Context, groups: Sequence[Group]) -> dict[str, Tensor]:
+        if self.importance == CONTRIBUTION:
+            return contribution(ctx, groups)
+        return scores(ctx, groups, self.importance)
+
+    def _gone(self, groups: Sequence[Group], found: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        """Return the heads of each group that go; one of each stays."""
+        order = {group.name: torch.argsort(found[group.name], stable=True).tolist() for group in groups}
+        if self.scope == "local":
+            return {g.name: sorted(order[g.name][: math.floor(g.size * self.ratio)]) for g in groups}
+        relative = between_groups(found, self.importance)
+        every = [
+            (float(relative[group.name][unit]), index, unit)
+            for index, group in enumerate(groups)
+            for unit in order[group.name][:-1]
+        ]
+        least = sorted(every)[: math.floor(sum(group.size for group in groups) * self.ratio)]
+        return {g.name: sorted(unit for _, at, unit in least if at == index) for index, g in enumerate(groups)}
+
+
+def contribution(ctx: Context, groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Return the root mean square norm of what each head adds to the output of its attention, `[heads]`.
+
+    Over all positions of the calibration data; the norm is that of the head's result after the output projection. Where
+    several modules read the heads, their squares are added. Groups whose heads no called module reads get ones.
+
+    Raises:
+        DataError: if the task has no calibration data.
+    """
+    if ctx.task is None or not ctx.task.has("calibrate"):
+        raise DataError(
+            f'importance="{CONTRIBUTION}" needs `calibrate` data. The task lacks it.',
+            'give it, or take importance="magnitude"',
+        )
+    readers: dict[str, list[tuple[str, Member]]] = {}
+    for group in groups:
+        for member in group.members:
+            if member.role == "in" and _weight(ctx.module, member).ndim == 2:
+                readers.setdefault(member.path, []).append((group.name, member))
+    squares = {group.name: torch.zeros(group.size, dtype=torch.float64) for group in groups}
+    counts = dict.fromkeys(readers, 0)
+
+    def observe(path: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
+        rows = inputs[0].detach().double().flatten(0, -2)
+        counts[path] += len(rows)
+        for name, member in readers[path]:
+            weight = _weight(ctx.module, member).detach().double().movedim(member.dim, 0)
+            for unit, positions in enumerate(member.indices):
+                squares[name][unit] += (rows[:, list(positions)] @ weight[list(positions)]).square().sum().cpu()
+
+    ctx.calibrate(observe, list(readers))
+    found = {}
+    for group in groups:
+        count = max((counts[path] for path, read in readers.items() if group.name in dict(read)), default=0)
+        found[group.name] = (squares[group.name] / count).sqrt() if count else torch.ones_like(squares[group.name])
+    return found
+
+
+def _weight(module: nn.Module, member: Member) -> Tensor:
+    return getattr(module.get_submodule(member.path), member.parameter)  # type: ignore[no-any-return]
+
+
+def _attentions(module: nn.Module, group: Group) -> list[str]:
+    """Return the paths of the `nn.MultiheadAttention` modules that a group runs through."""
+    paths = dict.fromkeys(member.path for member in group.members)
+    return [path for path in paths if isinstance(module.get_submodule(path), nn.MultiheadAttention)]
+
+
+def _fixed(module: nn.Module, group: Group) -> str:
+    """Return why heads of a group cannot go because of an `nn.MultiheadAttention`, or `""`."""
+    holders: dict[int, int] = {}
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    for path in _attentions(module, group):
+        attention = module.get_submodule(path)
+        if reason := why_unprunable(attention):
+            return reason
+        if any(holders[id(parameter)] > 1 for parameter in attention.parameters()):
+            return "its parameters are tied with those of another module"
+    return ""
+
+
+def _made_prunable(ctx: Context, groups: Sequence[Group]) -> list[Group]:
+    """Replace each `nn.MultiheadAttention` that groups run through, and return the groups as they are then."""
+    homes = [_attentions(ctx.module, group) for group in groups]
+    for path in dict.fromkeys(path for paths in homes for path in paths):
+        attention = ctx.get(path)
+        if isinstance(attention, nn.MultiheadAttention):
+            ctx.replace(path, pruned_attention(attention), "projections of its own for queries, keys and values")
+    if not any(homes):
+        return list(groups)
+    now = [group for group in ctx.groups() if group.kind == "heads"]
+    return [_same(now, group, paths) for group, paths in zip(groups, homes, strict=True)]
+
+
+def _same(now: Sequence[Group], group: Group, paths: Sequence[str]) -> Group:
+    """Return the group that `group` has become after the modules at `paths` were replaced."""
+    wanted = {f"{path}.q_proj" for path in paths} or {group.name}
+    return next((new for new in now if wanted & {new.name, *(member.path for member in new.members)}), group)
+
+
+def _skip(ctx: Context, group: Group, reason: str) -> None:
+    for member in group.members:
+        if member.role == "out":
+            ctx.skip(member.path, reason)

@@ -1,0 +1,60 @@
+"""Train so that the units that are not needed fade, and can be removed afterwards at little loss."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from trimpoint.method import Bounds, Context, Stage, Traits, param
+from trimpoint.recover.penalty import group_lasso, scale_lasso, scales
+from trimpoint.recover.recipe import Recovery, steps_in_epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseTrain(Recovery):
+    """Train with the task's own loss and a penalty that lets whole units fade.
+
+    When it pays:
+        Before channels, heads or hidden units are removed by the size of their weights, where little or no training
+        can follow: what goes had become small already. A recovery behind the removal makes up for most of what this
+        saves. By itself it makes nothing smaller or faster: units become small, not zero.
+    What it costs:
+        Training time, as for fine-tuning, and a few sums over the weights for each step. Quality, where the strength is
+        too large: all units fade then, and a recovery has further to go.
+    Needs:
+        `train` data and a loss; coupled groups that can be removed; for `penalty="scales"` batch norms.
+    Leaves alone:
+        Structure and number formats, parameters that do not require a gradient, parameters out of the step's `where`;
+        weights that belong to no removable group are trained without the penalty.
+
+    References:
+        Wen et al., "Learning structured sparsity in deep neural networks" (2016), for the group lasso; Fang et al.,
+        "DepGraph: towards any structural pruning" (2023), for taking all coupled parameters of a unit together; Liu et
+        al., "Learning efficient convolutional networks through network slimming" (2017), for the scales; Wang et al.,
+        "Neural pruning via growing regularization" (2021), for a penalty that grows.
+    """
+
+    penalty: str = param(
+        "groups",
+        doc="the L2 norm of all weights of a unit together, times the root of their number, or the L1 norm of the "
+        "scales of batch norms",
+        choices=("groups", "scales"),
+    )
+    strength: float | None = param(
+        None, doc="factor of the penalty in the loss; by default 0.001 for groups, 0.02 for scales", bounds=Bounds(ge=0)
+    )
+    rise: float = param(1.0, doc="epochs in which the strength rises linearly from zero", bounds=Bounds(ge=0))
+
+    traits: ClassVar[Traits] = Traits(
+        stage=Stage.RECOVER, acts_on="model", needs=frozenset({"train", "loss"}), status="experimental"
+    )
+
+    def apply(self, ctx: Context) -> None:
+        """Train the model in place."""
+        groups = ctx.groups()
+        if self.penalty == "scales":
+            groups = tuple(group for group in groups if scales(ctx.module, group))
+        if not groups:
+            what = " that runs through a batch norm" if self.penalty == "scales" else ""
+            return ctx.skip("", f"no group in scope{what} can be removed, so that nothing is to fade")
+        rise = round(self.rise * steps_in_epoch(ctx.task)) if ctx.task is not None else 0
+        lasso, usual = (scale_lasso, 0.02) if self.penalty == "scales" else (group_lasso, 0.001)
+        return ctx.train(self, penalty=lasso(groups, usual if self.strength is None else self.strength, rise))

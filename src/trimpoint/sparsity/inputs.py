@@ -1,0 +1,117 @@
+"""What a linear layer or a convolution multiplies its weights with, as matrices.
+
+A layer is one matrix product `[outputs, inputs] × [inputs, positions]` for each of its groups. The inputs of a
+convolution are ordered by kernel position, and within one by channel, so that runs of inputs are runs of channels.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trimpoint.low_rank.observed import kept_positions
+from trimpoint.method import Context
+
+_PIECE = 1 << 22
+"""Numbers that are unfolded at once, at most (a single sample may be more)."""
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """Return a weight `[outputs, channels, *kernel]` as `[outputs, kernel × channels]`, channels running fastest."""
+    return weight.movedim(1, -1).reshape(weight.shape[0], -1)
+
+
+def from_matrix(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `as_matrix`."""
+    return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1).contiguous()
+
+
+def groups_of(module: nn.Module) -> int:
+    """Return the number of groups of a layer; a linear layer is one."""
+    return cast(int, getattr(module, "groups", 1))
+
+
+def unfolded(module: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    """Yield the inputs of a layer as float64 matrices `[groups, positions, inputs]`, piece by piece.
+
+    Args:
+        module: linear, or a convolution over one or two dimensions.
+        inputs: `[…, features]`, or `[batch, channels, *size]` with or without the batch.
+    """
+    inputs = inputs.detach()
+    if isinstance(module, nn.Linear):
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        step = max(1, _PIECE // rows.shape[1])
+        for start in range(0, len(rows), step):
+            yield rows[None, start : start + step].double()
+        return
+    conv = cast(nn.Conv2d, module)
+    dims = len(conv.kernel_size)
+    batch = inputs if inputs.ndim == dims + 2 else inputs[None]
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    kernel, stride, dilation = (
+        (1,) * (2 - dims) + tuple(sizes) for sizes in (conv.kernel_size, conv.stride, conv.dilation)
+    )
+    expansion = math.prod(kernel) * batch[0].numel()
+    step = max(1, _PIECE // max(1, expansion))
+    for start in range(0, len(batch), step):
+        piece = batch[start : start + step]
+        padded = F.pad(piece.double(), conv._reversed_padding_repeated_twice, mode=mode)
+        columns = F.unfold(padded if dims == 2 else padded[:, :, None], kernel, dilation=dilation, stride=stride)
+        channels = batch.shape[1] // conv.groups
+        split = columns.reshape(len(piece), conv.groups, channels, -1, columns.shape[-1])
+        yield split.permute(1, 0, 4, 3, 2).reshape(conv.groups, -1, split.shape[3] * channels)
+
+
+@dataclass(kw_only=True)
+class InputStatistics:
+    """Sums over the inputs that a layer has seen.
+
+    Args:
+        products: whether to sum XᵀX, or only its diagonal.
+        positions: that were seen.
+        total: XᵀX `[groups, inputs, inputs]`, or its diagonal `[groups, inputs]`, float64; `None` before the first.
+    """
+
+    products: bool
+    positions: int = 0
+    total: Tensor | None = field(default=None, repr=False)
+
+    def add(self, module: nn.Module, inputs: Tensor) -> None:
+        """Add the inputs of one call of the layer."""
+        for piece in unfolded(module, inputs):
+            more = piece.transpose(1, 2) @ piece if self.products else piece.square().sum(1)
+            self.total = more if self.total is None else self.total + more
+            self.positions += piece.shape[1]
+
+
+def gather(ctx: Context, modules: Mapping[str, nn.Module], *, products: bool) -> dict[str, InputStatistics]:
+    """Return what layers see of the calibration data, as the model is now; padding does not count.
+
+    Args:
+        ctx: of the step.
+        modules: path → linear layer or convolution.
+        products: see `InputStatistics`.
+
+    Raises:
+        DataError: if the task has no calibration data.
+    """
+    found = {path: InputStatistics(products=products) for path in modules}
+    batches = iter(ctx.task.batches("calibrate")) if ctx.task is not None else iter(())
+    kept = [kept_positions(inputs) for inputs, _ in itertools.islice(batches, 1)]
+
+    def observe(path: str, module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
+        if path in found:
+            seen = cast(Tensor, inputs[0])
+            real = kept[0] if kept and isinstance(module, nn.Linear) else None
+            found[path].add(module, seen[real] if real is not None and seen.shape[:-1] == real.shape else seen)
+        if path == "":
+            kept[:] = [kept_positions(inputs) for inputs, _ in itertools.islice(batches, 1)]
+
+    ctx.calibrate(observe, list(dict.fromkeys([*modules, ""])))
+    return found

@@ -1,0 +1,238 @@
+"""Systems side by side: each made and lowered once, scored on `select`, timed together, the finalists certified.
+
+What a system came to is kept in a directory of its own, so that a scenario that was cut off goes on with the next one.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from trimpoint.compress import Compressed
+from trimpoint.data import as_numpy
+from trimpoint.measure.environment import instruction_set
+from trimpoint.measure.inputs import CoreInputs, capture, core_inputs
+from trimpoint.measure.latency import LatencyResult, measure_latency
+from trimpoint.measure.process import ArtifactFiles
+from trimpoint.measure.profile import static_profile
+from trimpoint.measure.quality import Evaluation, evaluate, quality
+from trimpoint.recover import train
+from trimpoint.recover.batches import epoch_batches, mix
+from trimpoint.recover.distill import Distillation, DistillationLoss, Teacher
+from trimpoint.recover.recipe import Recovery
+from trimpoint.runtimes import get_runtime
+from trimpoint.runtimes.base import Lowered
+from trimpoint.runtimes.export import export
+from trimpoint.runtimes.verify import require_parity
+from trimpoint.search.delivery import LOWERED, read_lowered
+from trimpoint.target import Target
+from trimpoint.task import Task
+from trimpoint.trust.certify import certify_runs
+from trimpoint.trust.ledger import Ledger
+from trimpoint.values import Certificate, from_data, to_data
+
+UNMODIFIED = "unmodified"
+FACTS, RECORDS, LEDGER = "facts.json", "records.npy", "ledger.jsonl"
+Make = Callable[[], nn.Module | Compressed]
+
+
+@dataclass(frozen=True)
+class _Made:
+    files: ArtifactFiles
+    facts: Mapping[str, Any]
+    evaluation: Evaluation
+
+
+class Comparison:
+    """Systems that are to be compared with one unmodified model.
+
+    Args:
+        out: where everything is kept.
+        model: unmodified, in evaluation mode.
+        task: its data; `select` is scored for every system, `certify` for the finalists alone.
+        target: where they run.
+    """
+
+    def __init__(self, out: Path, model: nn.Module, task: Task, target: Target | None = None) -> None:
+        self.out, self.model, self.task, self.target = out, model, task, target or Target()
+        self.runtime = get_runtime(self.target.runtime)
+        self.inputs: CoreInputs = core_inputs(model, task, self.target)
+        self.systems: dict[str, _Made] = {}
+        self.add(UNMODIFIED, lambda: model)
+
+    def add(self, name: str, make: Make, **facts: Any) -> Mapping[str, Any]:
+        """Make, lower and score a system, unless that was done before.
+
+        Args:
+            name: of the system.
+            make: returns a module, or what a plan made of the model.
+            facts: to be put into its row.
+
+        Returns:
+            its figures so far: `params`, `macs`, `file_bytes`, `accuracy` and `drop` on `select`, and `facts`.
+        """
+        directory = self.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        if not (directory / FACTS).exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            made = make()
+            module = made.module if isinstance(made, Compressed) else made
+            lowered = self.runtime.lower(
+                export(self.task.core_of(module.eval()), self.inputs.example, self.inputs.dims),
+                directory,
+                **self._numbers(made),
+            )
+            if not (isinstance(made, Compressed) and made.formats):
+                session = self.runtime.open(directory, lowered, threads=self.target.threads)
+                require_parity(self.task.core_of(module), session, list(self.inputs.shapes.values()))
+            static, _ = static_profile(self.task.core_of(module), self.inputs)
+            self._keep(directory, lowered, facts | {metric: static[metric].value for metric in ("params", "macs")})
+        self._read(name, directory)
+        return self._figures(name)
+
+    def _keep(self, directory: Path, lowered: Lowered, facts: Mapping[str, Any]) -> None:
+        (directory / LOWERED).write_text(json.dumps(to_data(lowered)), encoding="utf-8")
+        session = self.runtime.open(directory, lowered, threads=self.target.threads)
+        np.save(directory / RECORDS, evaluate(session, self.task, "select").records)
+        size = ArtifactFiles(directory=directory, lowered=lowered).bytes
+        (directory / FACTS).write_text(json.dumps({**facts, "file_bytes": size}), encoding="utf-8")
+
+    def _read(self, name: str, directory: Path) -> None:
+        records = np.load(directory / RECORDS, allow_pickle=False)
+        self.systems[name] = _Made(
+            files=ArtifactFiles(directory=directory, lowered=read_lowered(directory)),
+            facts=json.loads((directory / FACTS).read_text(encoding="utf-8")),
+            evaluation=Evaluation(
+                score=self.task.score, role="select", records=records, value=self.task.score.aggregate(records)
+            ),
+        )
+
+    def add_one_line_int8(self) -> None:
+        """Add the runtime's own one-line int8 of the unmodified model."""
+        directory = self.out / "one-line-int8"
+        if not (directory / FACTS).exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            exported = export(self.task.core_of(self.model), self.inputs.example, self.inputs.dims)
+            self._keep(directory, self.runtime.lower_one_line_int8(exported, directory, self._calibration()), {})
+        self._read("one-line int8", directory)
+
+    def _numbers(self, made: nn.Module | Compressed) -> dict[str, Any]:
+        if not isinstance(made, Compressed) or not made.formats:
+            return {}
+        return {"formats": made.formats, "ranges": made.ranges or None, "calibration": self._calibration()}
+
+    def _calibration(self) -> list[Any]:
+        batches = self.task.batches("calibrate", size=32, limit=512)
+        return [as_numpy(capture(self.model, self.task, inputs)) for inputs, _ in batches]
+
+    def _figures(self, name: str) -> dict[str, Any]:
+        made, base = self.systems[name], self.systems[UNMODIFIED].evaluation
+        found = quality(made.evaluation, None if name == UNMODIFIED else base)
+        return {
+            "system": name,
+            **made.facts,
+            "select": found.value,
+            "drop_select": found.drop,
+            "drop_select_upper95": found.drop_upper,
+        }
+
+    def timed(self, names: Sequence[str] = (), rounds: int = 15) -> dict[str, LatencyResult]:
+        """Time systems at the median shape, all of them interleaved in one process.
+
+        Args:
+            names: which ones; all of them by default. The unmodified model is always among them.
+            rounds: of turns.
+        """
+        chosen = {UNMODIFIED: self.systems[UNMODIFIED].files}
+        chosen |= {name: self.systems[name].files for name in names or self.systems}
+        middle = self.inputs.middle
+        found = measure_latency(
+            chosen, self.target, {middle: self.inputs.shapes[middle]}, baseline=UNMODIFIED, rounds=rounds
+        )
+        return {name: shapes[middle] for name, shapes in found.items()}
+
+    def certify(self, finalists: Sequence[str], margin: float, key: str) -> dict[str, Certificate]:
+        """Compare finalists with the unmodified model on the `certify` data; what was certified before is read back.
+
+        Args:
+            finalists: at most three systems, fixed before any of them is looked at.
+            margin: the drop that is allowed.
+            key: names this set of finalists.
+        """
+        certificates = {}
+        for name in finalists:
+            made, base = self.systems[name].files, self.systems[UNMODIFIED].files
+            kept = made.directory / f"certificate-{key}.json"
+            if kept.exists():
+                certificates[name] = from_data(Certificate, json.loads(kept.read_text(encoding="utf-8")))
+                continue
+            certificates[name] = certify_runs(
+                self.runtime.open(base.directory, base.lowered, threads=self.target.threads),
+                self.runtime.open(made.directory, made.lowered, threads=self.target.threads),
+                self.task,
+                margin,
+                ledger=Ledger(self.out / LEDGER),
+                artifact_digest=made.digest,
+                finalists=len(finalists),
+                batch=key,
+                runtime=f"{self.runtime.name} {self.runtime.version()}",
+                instruction_set=instruction_set(),
+            )
+            kept.write_text(json.dumps(to_data(certificates[name])), encoding="utf-8")
+        return certificates
+
+    def rows(
+        self, timed: Mapping[str, LatencyResult], certificates: Mapping[str, Certificate] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return a row for each system: what it is, how fast, how good."""
+        rows = []
+        for name in self.systems:
+            row = self._figures(name)
+            if (found := timed.get(name)) is not None:
+                row |= {
+                    "latency_ms": found.median_ms,
+                    "latency_ratio": found.ratio,
+                    "latency_ratio_ci": [found.ratio_low, found.ratio_high],
+                }
+            if (certificate := (certificates or {}).get(name)) is not None:
+                row |= {
+                    "certificate": certificate.status,
+                    "certified": certificate.value,
+                    "drop_certified": certificate.drop,
+                    "drop_certified_upper": certificate.upper,
+                    "n_certified": certificate.n,
+                }
+            rows.append(row)
+        return rows
+
+
+def recovered(student: nn.Module, teacher: nn.Module, task: Task, recipe: Recovery, seed: int = 0) -> nn.Module:
+    """Train a network of any origin, in place, as long as `recipe` says, on what the teacher answers.
+
+    The same data, schedule and number of steps as `Distill`, without its hints, which need blocks in common.
+    """
+    lesson = DistillationLoss(task, Teacher(teacher, None, task.core), Distillation(temperature=2.0, views=0))
+    train(
+        student,
+        lesson,
+        lambda epoch: (batch for _, batch in epoch_batches(task, mix(seed, epoch))),
+        recipe.settings(student, task, seed=seed),
+    )
+    return student.eval()
+
+
+def goal(
+    name: str, value: float | None, must: float | None, aim: float | None, *, better: str = "higher", unit: str = "×"
+) -> dict[str, Any]:
+    """Return a goal of a scenario with what was reached."""
+    return {"name": name, "value": value, "must": must, "aim": aim, "better": better, "unit": unit}
+
+
+def best_ratio(rows: Sequence[Mapping[str, Any]], drop: float) -> float | None:
+    """Return the highest latency ratio among rows whose upper bound of the drop on `select` is at most `drop`."""
+    fitting = [row["latency_ratio"] for row in rows if (row.get("drop_select_upper95") or 0.0) <= drop]
+    return max(fitting, default=None)

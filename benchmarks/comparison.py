@@ -166,9 +166,9 @@ class Comparison:
         certificates = {}
         for name in finalists:
             made, base = self.systems[name].files, self.systems[UNMODIFIED].files
-            kept = made.directory / f"certificate-{key}.json"
-            if kept.exists():
-                certificates[name] = from_data(Certificate, json.loads(kept.read_text(encoding="utf-8")))
+            file = made.directory / f"certificate-{key}.json"
+            if file.exists():
+                certificates[name] = from_data(Certificate, json.loads(file.read_text(encoding="utf-8")))
                 continue
             certificates[name] = certify_runs(
                 self.runtime.open(base.directory, base.lowered, threads=self.target.threads),
@@ -182,7 +182,7 @@ class Comparison:
                 runtime=f"{self.runtime.name} {self.runtime.version()}",
                 instruction_set=instruction_set(),
             )
-            kept.write_text(json.dumps(to_data(certificates[name])), encoding="utf-8")
+            file.write_text(json.dumps(to_data(certificates[name])), encoding="utf-8")
         return certificates
 
     def rows(
@@ -223,6 +223,18 @@ def recovered(student: nn.Module, teacher: nn.Module, task: Task, recipe: Recove
         recipe.settings(student, task, seed=seed),
     )
     return student.eval()
+
+
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures that were kept in a file, or make them and keep them."""
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    made = make()
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(made), encoding="utf-8")
+    part.replace(path)
+    return made
 
 
 def goal(

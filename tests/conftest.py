@@ -1,6 +1,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Compute on one thread: the networks of the tests are small, and threads that wait for each other cost more."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

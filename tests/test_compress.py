@@ -25,14 +25,6 @@ from trimpoint.plan import Plan, Step
 from trimpoint.task import Task, cross_entropy
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_data(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 1, 6, 6, generator=generator)

@@ -1,9 +1,7 @@
 """What the scenarios on single weights share: export, run the file, count its zeros."""
 
 import gzip
-import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +54,3 @@ def _contents(files: list[Path]) -> Row:
         "gzip_bytes": sum(len(gzip.compress(path.read_bytes(), mtime=0)) for path in files),
         "zero_share": sum(int(np.count_nonzero(w == 0)) for w in weights) / sum(w.size for w in weights),
     }
-
-
-def kept(path: Path, make: Callable[[], Row]) -> Row:
-    """Return the row that was kept in a file, or make it and keep it."""
-    if path.exists():
-        row: Row = json.loads(path.read_text(encoding="utf-8"))
-        return row
-    row = make()
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(row), encoding="utf-8")
-    part.replace(path)
-    return row
-
-
-def goal(name: str, value: float, must: float | None, aim: float | None, *, better: str, unit: str) -> Row:
-    """Return a goal as `benchmarks.run` takes it."""
-    return {"name": name, "value": value, "must": must, "aim": aim, "better": better, "unit": unit}

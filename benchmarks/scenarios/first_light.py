@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.comparison import goal
 
 from trimpoint.demo import GOAL
 from trimpoint.measure.latency import LatencyResult, measure_latency
@@ -62,9 +63,9 @@ def run(resume_dir: Path) -> dict[str, Any]:
         ]
         + [_row(f"frontier: trial {t.number}, {t.label}", t, baseline) for t in near],
         "goals": [
-            _goal("times faster than unmodified", timed["trimpoint"].ratio, 3.0, 5.0),
-            _goal("times smaller than unmodified", 1 / ratio(best, baseline, "file_bytes"), 6.0, 12.0),
-            _goal(
+            goal("times faster than unmodified", timed["trimpoint"].ratio, 3.0, 5.0),
+            goal("times smaller than unmodified", 1 / ratio(best, baseline, "file_bytes"), 6.0, 12.0),
+            goal(
                 "upper bound of the certified drop, points",
                 None if certificate is None else certificate.upper * 100,
                 1.0,
@@ -72,12 +73,12 @@ def run(resume_dir: Path) -> dict[str, Any]:
                 better="lower",
                 unit="points",
             ),
-            _goal(
+            goal(
                 "times faster than the one-line int8", timed["trimpoint"].ratio / timed["one-line int8"].ratio, 1.4, 2.0
             ),
-            _goal("times smaller than the one-line int8", 1 / ratio(best, one_liner, "file_bytes"), 1.6, 3.0),
-            _goal("points on the frontier within 5 points of accuracy", len(near), 5, None, unit="trials"),
-            _goal("methods among them", len(_methods(near)), 3, None, unit="methods"),
+            goal("times smaller than the one-line int8", 1 / ratio(best, one_liner, "file_bytes"), 1.6, 3.0),
+            goal("points on the frontier within 5 points of accuracy", len(near), 5, None, unit="trials"),
+            goal("methods among them", len(_methods(near)), 3, None, unit="methods"),
         ],
     }
 
@@ -120,9 +121,3 @@ def _row(name: str, trial: Trial, baseline: Trial) -> dict[str, Any]:
         "drop_test_upper": None if certificate is None else certificate.upper,
         "certificate": None if certificate is None else certificate.status,
     }
-
-
-def _goal(
-    name: str, value: float | None, must: float, aim: float | None, *, better: str = "higher", unit: str = "×"
-) -> dict[str, Any]:
-    return {"name": name, "value": value, "must": must, "aim": aim, "better": better, "unit": unit}

@@ -7,7 +7,6 @@ SVD-LLM. No time is measured.
 """
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.comparison import goal, kept
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
@@ -32,9 +32,8 @@ PATHS = {f"{side} {i}": f"bert.encoder.layer.{i}.{name}.dense" for side, name in
 SYSTEMS: dict[str, dict[str, Any]] = {
     "plain SVD": {"weighting": "none"},
     "weighted by the inputs": {"weighting": "activation"},
-    "weighted by the inputs, then fitted again": {"weighting": "activation", "sweeps": 1},
 }
-PLAIN, WEIGHTED, FITTED = SYSTEMS
+PLAIN, WEIGHTED = SYSTEMS
 OPTIMUM = "closed-form optimum of the calibration data (SVD-LLM)"
 
 
@@ -176,15 +175,6 @@ def watched(
             handle.remove()
 
 
-def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what is in a file, or make it now and keep it there."""
-    if not file.exists():
-        file.with_suffix(".part").write_text(json.dumps(make()), encoding="utf-8")
-        file.with_suffix(".part").replace(file)
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
-
-
 def ratios(one: dict[str, Any], other: dict[str, Any], role: str, side: str = "") -> list[float]:
     """Return the errors of one system over those of another, of the layers of a side."""
     pairs = zip(one["errors"][role].items(), other["errors"][role].values(), strict=True)
@@ -212,22 +202,12 @@ def goals(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what had to be shown."""
     plain, weighted, best = (rows[name] for name in (PLAIN, WEIGHTED, OPTIMUM))
 
-    def goal(name: str, value: float, must: float | None, aim: float | None, unit: str = "") -> dict[str, Any]:
-        return {"name": name, "value": value, "must": must, "aim": aim, "better": "lower", "unit": unit}
-
     ups, downs = (median(ratios(weighted, plain, "held out", side)) for side in SIDES)
-    inner = [rows[name]["in the network"] for name in (FITTED, WEIGHTED)]
-    layers = median(inner[0][layer] / inner[1][layer] for layer in PATHS)
-    final = inner[0]["mean token vector"] / inner[1]["mean token vector"]
+    nearest = max(ratios(weighted, best, "calibration"))
     return [
+        goal("largest error ÷ closed-form optimum, calibration data", nearest, 1.02, 1.0, better="lower", unit=""),
+        goal("error ÷ plain SVD's, held out, median of the up-projections", ups, 0.30, None, better="lower", unit=""),
         goal(
-            "largest error ÷ closed-form optimum, calibration data",
-            max(ratios(weighted, best, "calibration")),
-            1.02,
-            1.0,
+            "error ÷ plain SVD's, held out, median of the down-projections", downs, 0.55, None, better="lower", unit=""
         ),
-        goal("error ÷ plain SVD's, held out, median of the up-projections", ups, 0.30, None),
-        goal("error ÷ plain SVD's, held out, median of the down-projections", downs, 0.55, None),
-        goal("error of the layers in the compressed network after ÷ before fitting again, held out", layers, None, 1.0),
-        goal("error of the mean token vector after ÷ before fitting again, held out", final, None, 1.0),
     ]

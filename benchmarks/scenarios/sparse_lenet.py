@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 from benchmarks.checkpoints import lenet_mnist
-from benchmarks.scenarios._sparse import Row, goal, kept, measured
+from benchmarks.comparison import goal, kept
+from benchmarks.scenarios._sparse import Row, measured
 
 from trimpoint.compress import compress
 from trimpoint.methods.distill import Distill

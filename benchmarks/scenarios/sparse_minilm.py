@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scenarios._sparse import Row, goal, kept, measured
+from benchmarks.comparison import goal, kept
+from benchmarks.scenarios._sparse import Row, measured
 from torch.utils.data import Subset
 
 from trimpoint.compress import compress

@@ -293,9 +293,11 @@ class _Context(Context):
         return f"{self._name} needs what no longer holds here: {names}" if missing else ""
 
     def _in_scope(self, path: str, module: nn.Module) -> bool:
+        """Return whether `where` matches a module as it is, or what stood in its place in the unmodified model."""
         owner = owner_of(path)
+        origin = self._build.origin(owner)
         names = type_names(module if owner == path else self.get(owner))
-        return self._step.where.matches(self._build.origin(owner), names)
+        return self._step.where.matches(origin, (*names, *type_names(self.original.get_submodule(origin))))
 
     def _admits(self, group: Group) -> bool:
         """Return whether a group may be changed; record why not for its producing modules in scope."""

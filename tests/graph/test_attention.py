@@ -33,7 +33,7 @@ STATED = {
     "batched": ("", {"count": 2}),
     "grouped": ("", {"heads": 1}),
     "bert": ("bert.encoder.layer.0.attention.self", {"num_attention_heads": 2, "all_head_size": 12}),
-    "gpt2": ("transformer.h.0.attn", {"num_heads": 2, "split_size": 12, "embed_dim": 12}),
+    "gpt2": ("transformer.h.0.attn", {"num_heads": 2, "split_size": 12}),
     "t5": ("encoder.block.1.layer.0.SelfAttention", {"n_heads": 2}),
     "qwen3": ("model.layers.1.self_attn", {}),
 }

@@ -125,3 +125,22 @@ def test_what_asks_for_the_replaced_layers_weight_finds_it():
     table = LowRank(nn.Embedding(5, 2), nn.Linear(2, 4, bias=False))
     assert torch.allclose(table.weight, table(torch.arange(5)), atol=1e-6)
     assert (table.num_embeddings, table.embedding_dim, table.padding_idx) == (5, 4, None)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [nn.Conv2d(6, 3, 1, bias=False), nn.Conv2d(3, 2, 3, 2, 1, 1, bias=False), nn.Conv2d(2, 4, 1)],
+        [nn.Conv2d(6, 3, (3, 1), (2, 1), (1, 0), bias=False), nn.Conv2d(3, 4, (1, 5), (1, 2), (0, 2))],
+        [nn.Conv1d(6, 2, 3, dilation=2, bias=False), nn.Conv1d(2, 4, 1)],
+    ],
+    ids=["tucker", "spatial", "1d"],
+)
+def test_convolutions_in_a_row_are_one_convolution(parts):
+    layer = LowRank(*parts)
+    one = {1: nn.functional.conv1d, 2: nn.functional.conv2d}[len(layer.kernel_size)]
+    x = torch.randn(2, 6, *(11,) * len(layer.kernel_size))
+    whole = one(x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation)
+    assert torch.allclose(whole, layer(x), atol=1e-5)
+    assert layer.weight.shape[2:] == layer.kernel_size
+    assert (layer.in_channels, layer.out_channels) == (6, 4)

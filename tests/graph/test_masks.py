@@ -344,3 +344,11 @@ def test_what_is_no_mask_is_refused(entry, words):
 def test_an_edit_that_does_not_fit_is_refused():
     with pytest.raises(SurgeryError, match="no parameter"):
         apply_edits_(nn.Sequential(nn.ReLU()), [MaskEdit("0", "weight")])
+
+
+def test_a_frozen_weight_has_all_its_zeros_in_training_too():
+    layer = nn.Linear(8, 8)
+    mask_(layer, "weight", schedule=MaskSchedule(removed=48, steps=10, rank="magnitude", curve="cubic"))
+    layer.requires_grad_(False)
+    zeros = {mode: int((layer.train(mode).weight == 0).sum()) for mode in (True, False)}
+    assert zeros == {True: 48, False: 48}

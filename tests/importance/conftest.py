@@ -1,18 +1,10 @@
-"""Contexts as methods get them; one thread: the networks here are too small for two."""
+"""A network and data to take the importance of its units on."""
 
 import pytest
 import torch
 from torch import nn
 
 from tests.importance.cases import Plain, data_of
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What layers see: padding left out, patches of kernels, the Fisher information against gradients by hand."""
+"""What layers see: patches of kernels, the Fisher information against gradients by hand."""
 
 import numpy as np
 import pytest
@@ -7,27 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from trimpoint.low_rank import observed
-from trimpoint.low_rank.observed import input_fisher, kept_positions, patches_of, rows_of
+from trimpoint.low_rank.observed import input_fisher, patches_of
 from trimpoint.task import Task, squared_error
-
-
-def test_masks_tell_what_is_padding():
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    ids = torch.zeros(2, 3)
-    assert torch.equal(kept_positions({"ids": ids, "attention_mask": mask}), mask.bool())
-    assert torch.equal(kept_positions({"src_key_padding_mask": mask.bool()}), ~mask.bool())
-    for inputs in (ids, {"ids": ids}, {"attention_mask": mask[:, None]}, {"attention_mask": -1e9 * mask}):
-        assert kept_positions(inputs) is None
-
-
-def test_rows_leave_padding_out_where_the_mask_fits():
-    kept, x = torch.tensor([[True, False, True]]), torch.arange(6.0).reshape(1, 3, 2)
-    assert rows_of(x, kept).tolist() == [[0, 1], [4, 5]]
-    assert rows_of(x, None).shape == (3, 2)
-    assert rows_of(x[:, 0], kept).tolist() == [[0, 1]]
-    packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)])
-    assert rows_of(packed, kept).shape == (4, 2)
-
 
 LAYERS = [
     nn.Conv2d(3, 4, 3, padding=1),

@@ -76,7 +76,6 @@ def test_tucker_ranks_by_size_are_the_best_within_it(round_to):
     found = tucker_ranks(RankRule("ratio", 0.5, 0.9, round_to), cost, tuple(values), lambda: (0, 0))
     assert found in within
     assert lost(found) == pytest.approx(min(map(lost, within)))
-    assert tucker_ranks(RankRule("ratio", 1.0, 0.9, round_to), cost, tuple(values), lambda: (0, 0)) is None
 
 
 def test_tucker_ranks_by_energy_and_by_variational_bayes():
@@ -86,3 +85,13 @@ def test_tucker_ranks_by_energy_and_by_variational_bayes():
     assert tucker_ranks(RankRule("energy", 0.5, 1.0, 1), cost, values, lambda: (0, 0)) is None
     assert tucker_ranks(RankRule("bayes", 0.5, 0.9, 1), cost, values, lambda: (3, 2)) == (3, 2)
     assert tucker_ranks(RankRule("bayes", 0.5, 0.9, 1), cost, values, lambda: (6, 8)) is None
+
+
+def test_tucker_ranks_do_not_depend_on_the_scale_of_one_unfolding():
+    cost = TuckerCost(16, 16, 9, 1)
+    values = torch.linspace(4, 0.1, 16), torch.linspace(3, 0.5, 16)
+    for rule in (RankRule("ratio", 0.5, 0.9, 1), RankRule("energy", 0.5, 0.9, 1)):
+        ranks = tucker_ranks(rule, cost, values, lambda: (1, 1))
+        assert ranks == tucker_ranks(rule, cost, (values[0] * 100, values[1]), lambda: (1, 1))
+        assert ranks is not None
+        assert min(ranks) > 1

@@ -14,7 +14,7 @@ from trimpoint.build import Build
 from trimpoint.compress import compress
 from trimpoint.context import _Context
 from trimpoint.errors import DataError, InvalidParameterError
-from trimpoint.filters import Glob
+from trimpoint.filters import Glob, Type
 from trimpoint.graph import PrunedAttention, rebuild, save_structure
 from trimpoint.losses import squared_error
 from trimpoint.methods.prune_heads import PruneHeads, contribution
@@ -291,3 +291,59 @@ def test_forecast_names_the_projections(encoder, task):
 def test_parameters_out_of_range(wrong):
     with pytest.raises(InvalidParameterError):
         PruneHeads(**wrong)
+
+
+class Local(nn.Module):
+    """Attention with a temperature, or a window, that happens to equal the number or the width of the heads."""
+
+    def __init__(self, window, infinite):
+        super().__init__()
+        self.num_heads, self.embed_dim, self.window_size, self.infinite = 4, 32, window, infinite
+        self.enter = nn.Linear(8, 32)
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = self.enter(x)
+        b, n, _ = x.shape
+        heads = 4 if self.window_size is None else self.num_heads
+        q, k, v = (p(x).view(b, n, -1 if self.window_size is None else heads, 8).transpose(1, 2) for p in self.qkv())
+        scores = q @ k.mT / self.num_heads if self.window_size is None else q @ k.mT
+        if self.window_size is not None:
+            place = torch.arange(n)
+            near = (place[:, None] - place[None]).abs() < self.window_size
+            scores = scores.masked_fill(~near, float("-inf"))
+        mixed = (scores.softmax(-1) @ v).transpose(1, 2)
+        mixed = mixed.flatten(2) if self.window_size is None else mixed.reshape(b, n, self.embed_dim)
+        y = self.head(x + self.o(mixed))
+        return y.masked_fill(torch.tensor([False, False, True]), float("-inf")) if self.infinite else y
+
+    def qkv(self):
+        return self.q, self.k, self.v
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+def test_a_temperature_that_equals_the_number_of_heads_stays(infinite):
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 8), torch.tensor(i % 3)) for i in range(8)]
+    model = Local(None, infinite).eval()
+    made = compress(model, Plan().then(PruneHeads()), Task.classification(data, data)).module
+    assert made.q.out_features == 16
+    assert made.num_heads == 4
+
+
+def test_a_window_that_equals_the_width_of_the_heads_stays():
+    torch.manual_seed(0)
+    data = [(torch.randn(8, 8), torch.tensor(i % 3)) for i in range(8)]
+    made = compress(Local(32, False).eval(), Plan().then(PruneHeads()), Task.classification(data, data)).module
+    assert (made.num_heads, made.embed_dim, made.window_size) == (2, 16, 32)
+
+
+def test_heads_of_modules_that_a_filter_names_by_class_go():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(8, 16), nn.TransformerEncoder(layer, 2), nn.Linear(16, 3)).eval()
+    data = [(torch.randn(6, 8), torch.zeros(6, 3)) for _ in range(8)]
+    task = Task(train=data, calibrate=data, loss=squared_error)
+    made = compress(model, Plan((Step(PruneHeads(), Type("MultiheadAttention")),)), task).module
+    assert [part.num_heads for part in made.modules() if isinstance(part, PrunedAttention)] == [2, 2]

@@ -160,3 +160,30 @@ def test_bad_input(model, task):
         made(model, task.with_(train=None))
     with pytest.raises(InvalidParameterError, match="min_count"):
         PruneVocabulary(min_count=-1)
+
+
+class Clamped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, 16), nn.Linear(16, 3)
+
+    def forward(self, ids):
+        return self.head(self.words(ids.clamp(max=60)).mean(1))
+
+
+def test_ids_that_are_an_input_in_the_first_samples_only_stay(task):
+    rare = task.with_(calibrate=dataset(torch.cat([ids(30, 50), ids(70, 80, count=2)])))
+    (change,) = [c for c in made(Clamped().eval(), rare).changes if c.origin == "words"]
+    assert change.kind == "skipped"
+    assert "is no input of the model as it is" in change.reason
+
+
+def test_an_unknown_id_that_an_embedding_has_not_leaves_it_alone(model, task):
+    (change,) = [c for c in made(model, task, unknown=900).changes if c.origin == "words"]
+    assert "it has no id 900" in change.reason
+
+
+@pytest.mark.parametrize("bad", [-1, WORDS])
+def test_ids_that_were_refused_are_refused(model, task, bad):
+    with pytest.raises(IndexError):
+        made(model, task).module(torch.full((1, 6), bad))

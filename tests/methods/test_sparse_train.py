@@ -43,7 +43,6 @@ def task(digits):
 
 @pytest.fixture(scope="module")
 def model(task):
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     return run(Net(), Finetune(epochs=4.0), task).module
 

@@ -100,6 +100,24 @@ def test_inputs_that_are_always_zero_do_no_harm():
     assert torch.equal(new, weight.double().masked_fill(removed, 0.0))
 
 
+@pytest.mark.parametrize("where", [slice(0, 140), slice(100, 240), slice(116, 256)])
+def test_weights_of_inputs_that_are_always_zero_go_first(where):
+    weight, x = problem(rows=8, columns=256, samples=600)
+    x[:, where] = 0
+    count = round(0.6 * weight.numel())
+    new, gone = sparsegpt(weight, x.T @ x, count)
+    assert int(gone.sum()) == count
+    assert bool(gone[:, where].all())
+    rest = torch.ones(256, dtype=torch.bool)
+    rest[where] = False
+    alone, _ = sparsegpt(weight[:, rest], (x.T @ x)[rest][:, rest], count - 8 * 140)
+    assert output_error(weight, new, x) < 1.3 * output_error(weight[:, rest], alone, x[:, rest])
+    some, few = sparsegpt(weight, x.T @ x, 100)
+    assert int(few.sum()) == 100
+    assert not bool(few[:, rest].any())
+    assert output_error(weight, some, x) == 0
+
+
 def test_wanda_is_its_formula():
     weight, x = problem()
     scores = weight.abs() * x.norm(dim=0).float()

@@ -18,7 +18,7 @@ from trimpoint.parts import Group
 MOST_TRIALS = 48
 """How many sets of attributes are tried for some groups, at most."""
 
-_HEADS = re.compile(r"head")
+_HEADS = re.compile(r"(?<!a)head")
 _SIZE_OF_ONE = re.compile(r"(?<!all_)heads?_(dim|size|channels|width|features)|per_head|dim_head")
 _NO_SIZE = re.compile(r"(^|_)(idx|index|id|ids|layer|layers|depth|level|stage|step|steps|seed)(_|$)")
 _WIDTH = re.compile(r"dim|size|embed|width|channels|features|inner|hidden|split")
@@ -58,6 +58,11 @@ def head_sizes(module: nn.Module, chosen: Mapping[str, tuple[Group, Sequence[int
                 yield list(edits)
 
 
+def says_heads(name: str) -> bool:
+    """Return whether an attribute of this name counts heads, or gives the width of all of them."""
+    return bool(_HEADS.search(name)) and not _SIZE_OF_ONE.search(name)
+
+
 def _collect(part: nn.Module, path: str, sizes: Mapping[int, int], found: _Found) -> None:
     for name, value in vars(part).items():
         if is_size(part, name) and not _NO_SIZE.search(name) and isinstance(value, int) and sizes.get(value, 0) >= 1:
@@ -75,7 +80,7 @@ def _around(module: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
 
 def _sets(found: _Found) -> Iterator[tuple[_Key, ...]]:
     """Yield sets of attributes: those named after heads, widths too, none, each of these and some others, all sets."""
-    heads = [key for key in found if _HEADS.search(key[1]) and not _SIZE_OF_ONE.search(key[1])]
+    heads = [key for key in found if says_heads(key[1])]
     widths = [key for key in found if key in heads or (_WIDTH.search(key[1]) and not _SIZE_OF_ONE.search(key[1]))]
     bases: list[list[_Key]] = [heads, widths, []]
     for count in range(len(found) + 1):

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from trimpoint.errors import SurgeryError
 from trimpoint.graph.pruned_attention import PrunedAttention
@@ -22,23 +23,26 @@ class LowRank(nn.Sequential):
     """
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("in_features", "in_channels", "stride", "padding", "dilation"):
+        if name in ("in_features", "in_channels", "num_embeddings", "padding_idx"):
             return getattr(self[0], name)
         if name in ("out_features", "out_channels", "embedding_dim", "bias"):
             return getattr(self[-1], "out_features" if name == "embedding_dim" else name)
-        if name in ("num_embeddings", "padding_idx"):
-            return getattr(self[0], name)
+        if name in ("kernel_size", "stride", "dilation"):  # Along each dimension one part alone has more than 1.
+            return tuple(max(sizes) for sizes in zip(*(getattr(part, name) for part in self), strict=True))
+        if name == "padding":
+            return tuple(map(sum, zip(*(part.padding for part in self), strict=True)))
         if name == "weight":
             return self._composed()
         return super().__getattr__(name)
 
     def _composed(self) -> Tensor:
-        weights = [cast(Tensor, part.weight) for part in self]
-        if any(weight.ndim != 2 for weight in weights):
-            raise AttributeError("several convolutions have no common weight")
-        product = weights[0]
-        for weight in weights[1:]:
-            product = product @ weight.T if isinstance(self[0], nn.Embedding) else weight @ product
+        """Return the weight of the layer that the parts are together."""
+        product, *weights = [cast(Tensor, part.weight) for part in self]
+        for weight in weights:
+            if isinstance(self[0], nn.Embedding):
+                product = product @ weight.T
+            else:  # Kernels: along each dimension of space one of the two has size 1.
+                product = torch.einsum("or...,ri...->oi...", weight, product)
         return product
 
 
@@ -133,7 +137,8 @@ class PrunedVocabulary(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of `ids`, `[..., embedding_dim]`."""
-        return self.table(self.remap[ids])  # type: ignore[no-any-return]
+        rows = F.embedding(ids, self.remap[:, None]).squeeze(-1)  # Refuses ids out of range, unlike an index.
+        return self.table(rows)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Show how many ids there are."""

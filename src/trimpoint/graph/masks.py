@@ -59,7 +59,7 @@ class ScheduledMask(Mask):
     A step is a forward pass in training mode that a backward pass follows; the mask changes at the beginning of one,
     and no longer when the schedule has ended. In evaluation mode as many weights are zero as at the end of the
     schedule, whether it has ended or not. Weights that are held at zero keep their value behind the mask, and may come
-    back until the schedule ends.
+    back until the schedule ends. A weight that takes no gradient has all its zeros from the first step on.
 
     Args:
         keep: the mask before the first step.
@@ -83,7 +83,8 @@ class ScheduledMask(Mask):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with the zeros of this step; in evaluation mode with those of the end."""
-        if not self.training:
+        frozen = torch.is_grad_enabled() and not weight.requires_grad  # No gradient will tell that a step was made.
+        if not self.training or frozen:
             keep = self.keep if int(self.step) >= self.schedule.steps else self._ranked(weight, self.schedule.removed)
             return weight.masked_fill(~keep, 0.0)
         if torch.is_grad_enabled() and not self._pending:

@@ -22,7 +22,7 @@ from trimpoint.graph.edits import (
     replace_everywhere_,
     returned_structure,
 )
-from trimpoint.graph.head_sizes import head_sizes
+from trimpoint.graph.head_sizes import head_sizes, says_heads
 from trimpoint.graph.layers import layer_to_data
 from trimpoint.graph.running import check_shapes, compare, evaluating, in_double, run
 from trimpoint.parts import Group
@@ -170,6 +170,10 @@ def remove_units_(
             wanted = {name: chosen[name] for name in [*accepted, *names]}
             found = _attempt(module, wanted, [*stated, *sizes], inputs)
             if not found:
+                # An attribute of another name that is not needed has this value for a reason of its own.
+                for other in dict.fromkeys(edit.name for edit in sizes if not says_heads(edit.name)):
+                    fewer = [edit for edit in sizes if edit.name != other]
+                    sizes = sizes if _attempt(module, wanted, [*stated, *fewer], inputs) else fewer
                 stated.extend(sizes)
                 return ""
             reason = reason or found

@@ -2,12 +2,11 @@
 
 from trimpoint.low_rank.convolution import SpatialFactors, TuckerFactors, spatial, tucker2
 from trimpoint.low_rank.decomposition import Decomposition, decompose, regression
-from trimpoint.low_rank.moments import CrossMoments, Moments
+from trimpoint.low_rank.moments import Moments
 from trimpoint.low_rank.ranks import RankRule, rank_for_params, retained_rank, rounded
 from trimpoint.low_rank.vbmf import noise_variance, vbmf_rank, vbmf_threshold
 
 __all__ = [
-    "CrossMoments",
     "Decomposition",
     "Moments",
     "RankRule",

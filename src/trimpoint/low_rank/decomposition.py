@@ -38,6 +38,11 @@ class Decomposition:
         """Return the error of the best approximation of this rank."""
         return float(self.values[rank:].norm())
 
+    def share(self, rank: int) -> float:
+        """Return the share of the sum of squares that the best approximation of this rank loses."""
+        total = self.error(0)
+        return (self.error(rank) / total) ** 2 if total else 0.0
+
 
 def decompose(weight: Tensor, metric: Tensor | None = None) -> Decomposition:
     """Decompose `weight` so that truncation minimises `‖(W − W')X‖_F`.

@@ -7,16 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimpoint.errors import DataError
-from trimpoint.low_rank.decomposition import Decomposition, decompose, regression
-from trimpoint.low_rank.moments import CrossMoments, Moments
+from trimpoint.low_rank.decomposition import decompose
+from trimpoint.low_rank.factorization import Factorization
+from trimpoint.low_rank.moments import Moments
 from trimpoint.low_rank.observed import gather, input_fisher
 from trimpoint.low_rank.ranks import RankRule
 from trimpoint.low_rank.vbmf import vbmf_rank
 from trimpoint.method import Context
-
-FIT_RIDGE = 1e-3
-WEIGHTINGS = ("auto", "none", "activation", "fisher")
 
 
 @dataclass(frozen=True)
@@ -57,34 +54,28 @@ class Weights:
 
 
 def weights_of(
+    method: Factorization,
     ctx: Context,
-    weighting: str,
     sizes: Mapping[str, int],
-    grads: Mapping[str, Callable[[nn.Module], Tensor]] | None = None,
+    grads: Mapping[str, Callable[[nn.Module], Tensor]],
 ) -> Weights:
-    """Gather what a weighting needs.
+    """Gather what the weighting of a method needs.
 
     Args:
+        method: asks for it.
         ctx: of the step.
-        weighting: one of `WEIGHTINGS`; `"auto"` is `"activation"` where there is calibration data, else `"none"`.
         sizes: path → number of inputs.
         grads: see `input_fisher`.
 
     Raises:
         DataError: if the task lacks what the weighting needs.
     """
-    task = ctx.task
-    if weighting == "auto" and (task is None or not task.has("calibrate")):
-        return Weights({}, {}, "plain: the task has no `calibrate` data")
-    if weighting == "none":
-        return Weights({}, {}, "plain")
-    if task is None or not task.has("calibrate") or (weighting == "fisher" and not task.has("loss")):
-        needs = "`calibrate` data and a loss" if weighting == "fisher" else "`calibrate` data"
-        raise DataError(
-            f'weighting="{weighting}" needs {needs}. The task lacks them.', 'give them, or take weighting="none"'
-        )
+    weighting = method.weighting_for(ctx.task)
+    if weighting == "none" or ctx.task is None:
+        lacking = "" if method.weighting == "none" else ": the task has no `calibrate` data"
+        return Weights({}, {}, f"plain{lacking}")
     if weighting == "fisher":
-        return Weights({}, input_fisher(ctx.module, task, grads or {}), "weighted by the Fisher information")
+        return Weights({}, input_fisher(ctx.module, ctx.task, grads), "weighted by the Fisher information")
     return Weights(gather(ctx, sizes), {}, "weighted by the inputs")
 
 
@@ -114,42 +105,11 @@ def fitted(
     rank = rule.choose(whitened.values, cost, whole, lambda: vbmf_rank(matrix))
     if not rank:
         return rule.refusal(min(len(whitened.values), (whole - 1) // cost))
-    return truncated(whitened, rank, moments.mean if moments is not None and bias else None)
-
-
-def truncated(whole: Decomposition, rank: int, mean: Tensor | None) -> Fit:
-    """Return the factors of rank `rank`; with the mean of the inputs, outputs keep theirs."""
-    first, second = whole.at(rank)
-    shift = torch.zeros(len(second), dtype=torch.float64)
-    if mean is not None:
-        shift = (whole.weight - second @ first) @ mean
-    total = float(whole.values.norm())
-    return Fit(first, second, shift, (whole.error(rank) / total) ** 2 if total else 0.0)
-
-
-def fitted_again(pairs: CrossMoments, matrix: Tensor, bias: Tensor | None, rank: int) -> Fit:
-    """Return the factors that come nearest to a layer's former outputs, from what it reads now.
-
-    Reduced-rank regression: the least-squares map, drawn a little towards the layer's own matrix, and of it the best of
-    rank `rank` for the inputs.
-
-    Args:
-        pairs: moments of what the layer reads now and what it gave.
-        matrix: of the layer, `[out, in]`.
-        bias: of the layer, `[out]`.
-        rank: of the factors.
-
-    References:
-        Izenman, "Reduced-rank regression for the multivariate linear model" (1975).
-    """
-    inputs, cross = pairs.inputs.covariance, pairs.covariance
-    if bias is None:
-        inputs, cross = pairs.inputs.second_moment, cross + torch.outer(pairs.mean, pairs.inputs.mean)
-    fit = truncated(decompose(regression(matrix, inputs, cross, FIT_RIDGE), inputs), rank, None)
-    if bias is None:
-        return fit
-    shift = pairs.mean - fit.second @ (fit.first @ pairs.inputs.mean) - bias.detach().double()
-    return Fit(fit.first, fit.second, shift, fit.error)
+    first, second = whitened.at(rank)
+    shift = torch.zeros(len(matrix), dtype=torch.float64)
+    if moments is not None and bias:
+        shift = (whitened.weight - second @ first) @ moments.mean
+    return Fit(first, second, shift, whitened.share(rank))
 
 
 def filled(kind: Any, *sizes: Any, values: tuple[Tensor, Tensor | None], like: nn.Parameter, **more: Any) -> Any:

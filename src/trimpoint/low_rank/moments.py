@@ -25,7 +25,7 @@ class Moments:
             return
         rows = rows.detach().cpu()
         mean = rows.double().mean(0)
-        self._scatter += _product(rows, mean, rows, mean)
+        self._scatter += _scatter_of(rows, mean)
         step = mean - self.mean
         total = self.count + len(rows)
         self._scatter += torch.outer(step, step) * (self.count * len(rows) / total)
@@ -43,44 +43,9 @@ class Moments:
         return self.covariance + torch.outer(self.mean, self.mean)
 
 
-class CrossMoments:
-    """Means and joint covariance of pairs of row vectors, updated batch by batch.
-
-    Args:
-        inputs: size of the first of a pair.
-        outputs: size of the second.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.inputs = Moments(inputs)
-        self.mean = torch.zeros(outputs, dtype=torch.float64)
-        self._scatter = torch.zeros(outputs, inputs, dtype=torch.float64)
-
-    def update(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Take in pairs: `[count, inputs]` and `[count, outputs]`."""
-        if not len(inputs):
-            return
-        inputs, outputs = inputs.detach().cpu(), outputs.detach().cpu()
-        before, count = self.inputs.count, len(inputs)
-        means = inputs.double().mean(0), outputs.double().mean(0)
-        steps = means[0] - self.inputs.mean, means[1] - self.mean
-        self._scatter += _product(outputs, means[1], inputs, means[0])
-        self._scatter += torch.outer(steps[1], steps[0]) * (before * count / (before + count))
-        self.mean += steps[1] * (count / (before + count))
-        self.inputs.update(inputs)
-
-    @property
-    def covariance(self) -> Tensor:
-        """`[outputs, inputs]`, around the means."""
-        return self._scatter / max(1, self.inputs.count)
-
-
-def _product(one: Tensor, one_mean: Tensor, other: Tensor, other_mean: Tensor) -> Tensor:
+def _scatter_of(rows: Tensor, mean: Tensor) -> Tensor:
     """Return the sum of outer products of the centred rows; scaled, so that no size overflows float32."""
-    parts, scale = [], 1.0
-    for rows, mean in ((one, one_mean), (other, other_mean)):
-        centred = rows.double() - mean
-        size = float(centred.abs().max())
-        scale *= size
-        parts.append((centred / size if size else centred).float())
-    return (parts[0].T @ parts[1]).double() * scale
+    centred = rows.double() - mean
+    size = float(centred.abs().max())
+    scaled = (centred / size if size else centred).float()
+    return (scaled.T @ scaled).double() * (size * size)

@@ -39,8 +39,6 @@ class RankRule:
             bayes: returns the rank by variational Bayes.
         """
         most = min(len(values), (whole - 1) // cost)
-        if self.rule == "ratio" and self.ratio >= 1:
-            return 0
         if self.rule == "ratio":
             wanted = rank_for_params(cost, whole, self.ratio)
         elif self.rule == "energy":
@@ -51,8 +49,6 @@ class RankRule:
 
     def refusal(self, most: int) -> str:
         """Return why a layer is left alone, given the largest rank at which its factors are smaller."""
-        if self.rule == "ratio" and self.ratio >= 1:
-            return "rank_ratio=1 keeps all of it"
         if 0 < most < self.round_to:
             return f"only ranks up to {most} make it smaller, below round_to={self.round_to}"
         return f"its factors would have no fewer parameters than it has (rank by {self.rule})"
@@ -135,7 +131,8 @@ def tucker_ranks(
     """Return the ranks of a Tucker-2 decomposition; `None` where none is smaller than the kernel and as good as asked.
 
     By parameters: the ranks of least error within the share, or the smallest ones where all exceed it; by energy: the
-    smallest that keep it. The squared error is bounded by the sum of the tails of both unfoldings.
+    smallest that keep it. The squared error is bounded by the sum of the tails of both unfoldings; each tail counts as
+    a share of its own unfolding's squares, which may be weighted in another way than the other's.
 
     Args:
         rule: how they are chosen.
@@ -144,14 +141,14 @@ def tucker_ranks(
         bayes: returns both ranks by variational Bayes.
     """
     rank_in, rank_out = cost.pairs()
-    if not len(rank_in) or (rule.rule == "ratio" and rule.ratio >= 1):
+    if not len(rank_in):
         return None
     lost = _tails(values[0], cost.inputs)[rank_in] + _tails(values[1], cost.outputs)[rank_out]
     if rule.rule == "ratio":
         within = cost.params(rank_in, rank_out) <= rule.ratio * cost.whole
         best = int(np.argmin(np.where(within, lost, np.inf))) if within.any() else 0
     elif rule.rule == "energy":
-        good = lost <= (1 - rule.energy) * float(values[0].double().square().sum()) * (1 + 1e-12)
+        good = lost <= (1 - rule.energy) * (1 + 1e-12)
         if not good.any():
             return None
         best = int(np.argmax(good))
@@ -168,7 +165,8 @@ def tucker_ranks(
 
 
 def _tails(values: Tensor, channels: int) -> NDArray[np.float64]:
-    """Return the sums of the squares of `values[r:]` for r from 0 to `channels`."""
+    """Return the sums of the squares of `values[r:]` for r from 0 to `channels`, as shares of all squares."""
     tails = np.zeros(channels + 1)
     tails[: len(values)] = values.double().square().flip(0).cumsum(0).flip(0).numpy()
-    return tails
+    shares: NDArray[np.float64] = tails / max(tails[0], np.finfo(np.float64).tiny)
+    return shares

@@ -7,16 +7,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimpoint.errors import DataError
 from trimpoint.graph.layers import LowRank
 from trimpoint.low_rank import Moments, RankRule, decompose, spatial, tucker2, vbmf_rank
 from trimpoint.low_rank.convolution import channel_moment, side_by_side, unfolded
 from trimpoint.low_rank.decomposition import root_of
+from trimpoint.low_rank.factorization import Factorization, irreplaceable
 from trimpoint.low_rank.fit import filled
-from trimpoint.low_rank.observed import gather, patches_of, unfit
-from trimpoint.low_rank.ranks import RULES, TuckerCost, tucker_ranks
-from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
-from trimpoint.parts import Block, Group
+from trimpoint.low_rank.observed import gather, patches_of
+from trimpoint.low_rank.ranks import TuckerCost, tucker_ranks
+from trimpoint.method import Bounds, Context, Fact, Site, Stage, Traits, param
 
 MOST_FEATURES = 4_608
 POSITIONS = 1_024
@@ -25,7 +24,7 @@ _TINY = 1e-300
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorizeConv(Method):
+class FactorizeConv(Factorization):
     """Replace a convolution by thinner ones: over its channels (Tucker-2) or over the sides of its kernel (spatial).
 
     `form="tucker2"` makes a 1×1 convolution to fewer channels, the kernel on these, and a 1×1 convolution back; one
@@ -58,33 +57,14 @@ class FactorizeConv(Method):
         outputs in the place of weights.
     """
 
-    rank_ratio: float = param(
-        0.5,
-        doc='share of a layer\'s parameters that its factors have at most, for rank="ratio"; 1 changes nothing',
-        bounds=Bounds(gt=0, le=1),
-        noop=1.0,
-        weak=0.75,
-        search=(0.75, 0.5, 0.35),
-    )
     form: str = param(
         "tucker2", doc="over the channels, or over the sides of the kernel", choices=("tucker2", "spatial")
     )
-    rank: str = param(
-        "ratio",
-        doc="how ranks are chosen: by the share of parameters, by the share of the squared weights that is kept (an "
-        "error budget for each layer), or by variational Bayes",
-        choices=RULES,
-    )
-    energy: float = param(
-        0.95, doc='share of the sum of squared weights that is kept, for rank="energy"', bounds=Bounds(gt=0, le=1)
-    )
-    round_to: int = param(1, doc="ranks are multiples of this; 8 or 16 suit most kernels", bounds=Bounds(ge=1))
     sweeps: int = param(
         3,
         doc="rounds of alternating least squares behind the first Tucker-2 solution, where all weights count the same",
         bounds=Bounds(ge=0),
     )
-
     weighting: str = param(
         "auto",
         doc="what an error counts: all weights the same, by what the kernel reads, or by that where there is "
@@ -103,16 +83,10 @@ class FactorizeConv(Method):
 
     def apply(self, ctx: Context) -> None:
         """Replace every convolution in scope that becomes smaller."""
-        rule = RankRule(self.rank, self.rank_ratio, self.energy, self.round_to)
-        sites = []
-        for site in ctx.modules():
-            if reason := self._unfit(ctx, site):
-                ctx.skip(site.path, reason)
-            else:
-                sites.append(site)
-        moments = self._moments(ctx, sites)
+        sites = self.sites(ctx)
+        moments = self._moments(ctx, sites) if sites else {}
         for site in sites:
-            made = self._factors(site.module, rule, moments.get(site.path))
+            made = self._factors(site.module, moments.get(site.path))
             if isinstance(made, str):
                 ctx.skip(site.path, made)
             else:
@@ -120,13 +94,8 @@ class FactorizeConv(Method):
 
     def _moments(self, ctx: Context, sites: Sequence[Site]) -> dict[str, Moments]:
         """Return the moments of what kernels are multiplied with, where they are asked for and not too large."""
-        known = ctx.task is not None and ctx.task.has("calibrate")
-        if self.weighting == "none" or (self.weighting == "auto" and not known):
+        if self.weighting_for(ctx.task) == "none":
             return {}
-        if not known:
-            raise DataError(
-                'weighting="activation" needs `calibrate` data. The task has none.', 'give it, or take weighting="none"'
-            )
         layers: dict[str, Any] = {site.path: site.module for site in sites}
         sizes = {path: layer.weight[0].numel() for path, layer in layers.items()}
         sizes = {path: size for path, size in sizes.items() if size <= MOST_FEATURES}
@@ -137,24 +106,16 @@ class FactorizeConv(Method):
         found = gather(ctx, sizes, rows) if sizes else {}
         return {path: moments for path, moments in found.items() if bool(moments.second_moment.any())}
 
-    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
-        """Return `rank_ratio` for each module that makes or reads channels, as far as the groups tell."""
-        if self.rank != "ratio" or self.rank_ratio == 1:
-            return {}
-        members = (member for group in groups for member in group.members if member.role != "through")
-        return {member.path: self.rank_ratio for member in members if member.parameter == "weight"}
-
-    def _unfit(self, ctx: Context, site: Site) -> str:
+    def unfit(self, ctx: Context, site: Site) -> str:
+        """Return why a layer cannot be replaced, or `""`."""
         layer: Any = site.module
         plain = next((kind for kind in _PLAIN if isinstance(layer, kind)), nn.Module)
-        if reason := unfit(ctx, site, plain):
+        if reason := irreplaceable(ctx, site, plain):
             return reason
         if layer.groups == layer.in_channels and layer.groups > 1:
             return "it is depthwise: each channel has a kernel of its own, of which nothing is shared"
         if layer.groups > 1:
             return f"it has {layer.groups} groups, and only convolutions without groups are factorised"
-        if self.rank == "ratio" and self.rank_ratio == 1:
-            return "rank_ratio=1 keeps all of it"
         if (
             self.form == "spatial"
             and max(layer.kernel_size) > 1
@@ -165,17 +126,17 @@ class FactorizeConv(Method):
             return "only kernels of two dimensions are separated"
         return ""
 
-    def _factors(self, layer: Any, rule: RankRule, moments: Moments | None) -> tuple[LowRank, str] | str:
+    def _factors(self, layer: Any, moments: Moments | None) -> tuple[LowRank, str] | str:
         """Return what stands for a convolution and its description, or why there is nothing."""
         metric = None if moments is None else moments.second_moment if layer.bias is None else moments.covariance
         if metric is not None and not bool(torch.isfinite(metric).all()):
             return "what it reads from the calibration data is not finite"
         if max(layer.kernel_size) == 1:
-            made = _pointwise(layer, rule, metric)
+            made = _pointwise(layer, self.rule, metric)
         elif self.form == "spatial":
-            made = _spatial(layer, rule, metric)
+            made = _spatial(layer, self.rule, metric)
         else:
-            made = _tucker(layer, rule, self.sweeps, metric)
+            made = _tucker(layer, self.rule, self.sweeps, metric)
         if isinstance(made, str):
             return made
         parts, kernel, text = made

@@ -7,18 +7,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimpoint.errors import DataError
 from trimpoint.graph.layers import LowRank
-from trimpoint.low_rank import RankRule, decompose, vbmf_rank
+from trimpoint.low_rank import decompose, vbmf_rank
+from trimpoint.low_rank.factorization import Factorization, irreplaceable
 from trimpoint.low_rank.fit import filled
-from trimpoint.low_rank.observed import unfit
-from trimpoint.low_rank.ranks import RULES
-from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
+from trimpoint.method import Context, Fact, Site, Stage, Traits, param
 from trimpoint.parts import Block, Group
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorizeEmbedding(Method):
+class FactorizeEmbedding(Factorization):
     """Replace an embedding by a table of shorter rows and a projection to their former length.
 
     With `weighting="frequency"` the error of a row counts as often as it occurs in the calibration data, so that the
@@ -42,24 +40,8 @@ class FactorizeEmbedding(Method):
         shrinking" (2018), for the weighting by frequency.
     """
 
-    rank_ratio: float = param(
-        0.5,
-        doc='share of a table\'s parameters that its factors have, for rank="ratio"; 1 changes nothing',
-        bounds=Bounds(gt=0, le=1),
-        noop=1.0,
-        weak=0.75,
-        search=(0.75, 0.5, 0.35),
-    )
-    rank: str = param(
-        "ratio",
-        doc="how the rank is chosen: by the share of parameters, by the share of the weighted squares that it keeps, "
-        "or by variational Bayes",
-        choices=RULES,
-    )
-    energy: float = param(
-        0.95, doc='share of the (weighted) sum of squares that is kept, for rank="energy"', bounds=Bounds(gt=0, le=1)
-    )
-    round_to: int = param(1, doc="ranks are multiples of this; 8 or 16 suit most kernels", bounds=Bounds(ge=1))
+    observed: ClassVar[str] = "frequency"
+
     weighting: str = param(
         "auto",
         doc="what a row counts: the same as any, as often as it occurs in the `calibrate` data, or that where there is "
@@ -78,12 +60,7 @@ class FactorizeEmbedding(Method):
 
     def apply(self, ctx: Context) -> None:
         """Replace every embedding in scope that becomes smaller."""
-        sites = []
-        for site in ctx.modules():
-            if reason := self._unfit(ctx, site):
-                ctx.skip(site.path, reason)
-            else:
-                sites.append(site)
+        sites = self.sites(ctx)
         counts = self._counts(ctx, sites) if sites else {}
         for site in sites:
             self._replace(ctx, site, counts.get(site.path))
@@ -92,25 +69,21 @@ class FactorizeEmbedding(Method):
         """Return nothing: blocks and groups do not tell where embeddings are, and none becomes faster."""
         return {}
 
-    def _unfit(self, ctx: Context, site: Site) -> str:
+    def unfit(self, ctx: Context, site: Site) -> str:
+        """Return why a layer cannot be replaced, or `""`."""
         layer: Any = site.module
-        if reason := unfit(ctx, site, nn.Embedding):
+        if reason := irreplaceable(ctx, site, nn.Embedding):
             return reason
         if layer.max_norm is not None:
             return "it limits the norm of its rows while it runs"
         if layer.sparse or layer.scale_grad_by_freq:
             return "its gradients are sparse or scaled by frequency, which factors cannot have"
-        return "rank_ratio=1 keeps all of it" if self.rank == "ratio" and self.rank_ratio == 1 else ""
+        return ""
 
     def _counts(self, ctx: Context, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Return how often each row is read over the calibration data, `[rows]`, where that weights."""
-        known = ctx.task is not None and ctx.task.has("calibrate")
-        if self.weighting == "none" or (self.weighting == "auto" and not known):
+        if self.weighting_for(ctx.task) == "none":
             return {}
-        if not known:
-            raise DataError(
-                'weighting="frequency" needs `calibrate` data. The task has none.', 'give it, or take weighting="none"'
-            )
         layers: dict[str, Any] = {site.path: site.module for site in sites}
         found = {path: torch.zeros(layer.num_embeddings, dtype=torch.float64) for path, layer in layers.items()}
 
@@ -127,7 +100,7 @@ class FactorizeEmbedding(Method):
         rows, size = table.shape
         weights = None if counts is None else counts + counts.mean()
         found = decompose(table.T, weights)
-        rule = RankRule(self.rank, self.rank_ratio, self.energy, self.round_to)
+        rule = self.rule
         rank = rule.choose(found.values, rows + size, rows * size, lambda: vbmf_rank(table))
         if not rank:
             return ctx.skip(site.path, rule.refusal(min(len(found.values), (rows * size - 1) // (rows + size))))
@@ -139,11 +112,9 @@ class FactorizeEmbedding(Method):
             filled(nn.Embedding, rows, rank, values=(narrow.T, None), like=like, **more),
             filled(nn.Linear, rank, size, values=(projection, None), like=like, bias=False),
         )
-        total = float(found.values.norm())
-        lost = (found.error(rank) / total) ** 2 if total else 0.0
         text = (
             "plain" if counts is None else f"weighted by frequency, {int((counts > 0).sum())} of {rows} rows are read"
         )
         return ctx.replace(
-            site.path, parts, f"rank {rank} of {min(rows, size)}, {text}, {lost:.2%} of the squares lost"
+            site.path, parts, f"rank {rank} of {min(rows, size)}, {text}, {found.share(rank):.2%} of the squares lost"
         )

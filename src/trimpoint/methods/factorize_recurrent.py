@@ -8,18 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.graph.layers import LowRankRecurrent
-from trimpoint.low_rank import RankRule
-from trimpoint.low_rank.fit import WEIGHTINGS, Fit, fitted, weights_of
-from trimpoint.low_rank.observed import unfit
-from trimpoint.low_rank.ranks import RULES
-from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
+from trimpoint.low_rank.factorization import Factorization, irreplaceable
+from trimpoint.low_rank.fit import Fit, fitted, weights_of
+from trimpoint.method import Context, Fact, Site, Stage, Traits
 from trimpoint.parts import Block, Group
 
 _ARGUMENTS = ("hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FactorizeRecurrent(Method):
+class FactorizeRecurrent(Factorization):
     """Replace what an LSTM or GRU reads by fewer numbers: a thin linear layer in front, a narrower layer behind it.
 
     The input weights of all gates, of both directions, are one matrix; its factors are the linear layer and the input
@@ -47,31 +45,6 @@ class FactorizeRecurrent(Method):
         decomposition for large language model compression" (2024), for the weighting by the inputs.
     """
 
-    rank_ratio: float = param(
-        0.5,
-        doc='share of the input weights\' parameters that the factors have, for rank="ratio"; 1 changes nothing',
-        bounds=Bounds(gt=0, le=1),
-        noop=1.0,
-        weak=0.75,
-        search=(0.75, 0.5, 0.35),
-    )
-    rank: str = param(
-        "ratio",
-        doc="how the rank is chosen: by the share of parameters, by the share of the weighted squares that it keeps, "
-        "or by variational Bayes",
-        choices=RULES,
-    )
-    energy: float = param(
-        0.95, doc='share of the (weighted) sum of squares that is kept, for rank="energy"', bounds=Bounds(gt=0, le=1)
-    )
-    round_to: int = param(1, doc="ranks are multiples of this; 8 or 16 suit most kernels", bounds=Bounds(ge=1))
-    weighting: str = param(
-        "auto",
-        doc="what an error counts: all weights the same, by the layer's inputs, by the Fisher information of the loss, "
-        "or by the inputs where there is `calibrate` data and all the same where not",
-        choices=WEIGHTINGS,
-    )
-
     traits: ClassVar[Traits] = Traits(
         stage=Stage.FACTORIZE,
         targets=("LSTM", "GRU"),
@@ -83,22 +56,15 @@ class FactorizeRecurrent(Method):
 
     def apply(self, ctx: Context) -> None:
         """Replace every recurrent layer in scope that becomes smaller."""
-        sites = []
-        for site in ctx.modules():
-            if reason := self._unfit(ctx, site):
-                ctx.skip(site.path, reason)
-            else:
-                sites.append(site)
-        if not sites:
+        if not (sites := self.sites(ctx)):
             return
-        rule = RankRule(self.rank, self.rank_ratio, self.energy, self.round_to)
         sizes = {site.path: int(_input_weights(site.module)[0].shape[1]) for site in sites}
-        weights = weights_of(ctx, self.weighting, sizes, dict.fromkeys(sizes, _gradient))
+        weights = weights_of(self, ctx, sizes, dict.fromkeys(sizes, _gradient))
         for site in sites:
             layer: Any = site.module
             matrix = torch.cat([weight.detach() for weight in _input_weights(layer)])
             rows, size = matrix.shape
-            fit = fitted(matrix, site.path, weights, rule, cost=rows + size, whole=rows * size, bias=layer.bias)
+            fit = fitted(matrix, site.path, weights, self.rule, cost=rows + size, whole=rows * size, bias=layer.bias)
             if isinstance(fit, str):
                 ctx.skip(site.path, fit)
             else:
@@ -109,15 +75,14 @@ class FactorizeRecurrent(Method):
         """Return nothing: what is left of the whole layer depends on sizes that blocks and groups do not tell."""
         return {}
 
-    def _unfit(self, ctx: Context, site: Site) -> str:
+    def unfit(self, ctx: Context, site: Site) -> str:
+        """Return why a layer cannot be replaced, or `""`."""
         layer: Any = site.module
         if site.path and isinstance(ctx.get(site.path.rpartition(".")[0]), LowRankRecurrent):
             return "its input weights are factors already"
-        if reason := unfit(ctx, site, nn.LSTM if isinstance(layer, nn.LSTM) else nn.GRU):
+        if reason := irreplaceable(ctx, site, nn.LSTM if isinstance(layer, nn.LSTM) else nn.GRU):
             return reason
-        if layer.proj_size:
-            return "it projects its state, which no runtime here can run"
-        return "rank_ratio=1 keeps all of it" if self.rank == "ratio" and self.rank_ratio == 1 else ""
+        return "it projects its state, which no runtime here can run" if layer.proj_size else ""
 
 
 def _input_weights(layer: Any) -> list[nn.Parameter]:

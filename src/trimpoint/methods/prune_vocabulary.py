@@ -1,6 +1,6 @@
 """Remove the rows of an embedding that the task's data never needs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -92,9 +92,12 @@ class PruneVocabulary(Method):
             (_counts(task, role, leaves, embedding.num_embeddings) for role in ("train", "calibrate")),
             torch.zeros(embedding.num_embeddings, dtype=torch.long),
         )
+        if self.unknown is not None and self.unknown >= embedding.num_embeddings:
+            ctx.skip(site.path, f"it has no id {self.unknown} (`unknown`): name its embedding with `where`")
+            return
         kept = counts >= self.min_count
         for special in (embedding.padding_idx, self.unknown):
-            if special is not None and special < len(kept):
+            if special is not None:
                 kept[special] = True
         gone = int((~kept).sum())
         row_bytes = embedding.embedding_dim * embedding.weight.element_size()
@@ -137,30 +140,45 @@ def pruned(embedding: nn.Embedding, kept: Tensor, unknown: int | None = None) ->
 
 
 def _leaves_read(model: nn.Module, task: Task, paths: Sequence[str]) -> dict[str, list[int]]:
-    """Return for each embedding which inputs of the model it reads as they are; none where it reads anything else."""
-    inputs = task.example_batch(2)
-    leaves: list[Any] = flatten(inputs)
-    read: dict[str, list[int]] = {path: [] for path in paths}
-    other: set[str] = set()
+    """Return for each embedding which inputs of the model it reads as they are; none where it reads anything else.
+
+    Over the example batch and all of `calibrate` and `select`: a few samples may agree by chance.
+    """
+    leaves: list[Any] = []
+    calls: dict[str, list[set[int]]] = {path: [] for path in paths}
+    turn: dict[str, int] = {}
 
     def watch(path: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = next(iter((*args, *kwargs.values())), None)
-            same = [i for i, leaf in enumerate(leaves) if isinstance(ids, Tensor) and _same(leaf, ids)]
-            read[path] += same
-            if not same:
-                other.add(path)
+            same = {i for i, leaf in enumerate(leaves) if isinstance(ids, Tensor) and _same(leaf, ids)}
+            at = turn[path] = turn.get(path, -1) + 1
+            if at == len(calls[path]):
+                calls[path].append(same)
+            else:
+                calls[path][at] &= same
 
         return hook
 
     handles = [model.get_submodule(path).register_forward_pre_hook(watch(path), with_kwargs=True) for path in paths]
     try:
         with torch.no_grad():
-            call(model, inputs)
+            for inputs in _all_inputs(task):
+                leaves[:] = flatten(inputs)
+                turn.clear()
+                call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return {path: [] if path in other else sorted(set(found)) for path, found in read.items()}
+    return {path: sorted(set().union(*sets)) if all(sets) else [] for path, sets in calls.items()}
+
+
+def _all_inputs(task: Task) -> Iterator[Any]:
+    yield task.example_batch(2)
+    roles: tuple[Role, ...] = ("calibrate", "select")
+    for role in roles:
+        if task.has(role):
+            yield from (inputs for inputs, _ in task.batches(role))
 
 
 def _same(leaf: Any, ids: Tensor) -> bool:

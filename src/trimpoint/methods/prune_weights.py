@@ -69,7 +69,7 @@ class PruneWeights(Method):
     )
     scope: str = param(
         "local",
-        doc="the same share of each layer, or the smallest of all layers; `global` with `magnitude` and `movement`",
+        doc="the same share of each layer, or the smallest of all layers; `global` with `magnitude` alone",
         choices=("local", "global"),
     )
     normalize: str = param(
@@ -103,8 +103,8 @@ class PruneWeights(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_shot = self.criterion in ("wanda", "sparsegpt")
-        if self.scope == "global" and (one_shot or self.pattern != DENSE):
-            what = f"criterion={self.criterion!r}" if one_shot else f"pattern={self.pattern!r}"
+        if self.scope == "global" and (self.criterion != "magnitude" or self.pattern != DENSE):
+            what = f"pattern={self.pattern!r}" if self.criterion == "magnitude" else f"criterion={self.criterion!r}"
             raise InvalidParameterError(
                 f"The 'scope' parameter of PruneWeights must be 'local' with {what}, which compares the weights of one "
                 "layer. Got 'global'.",

@@ -4,18 +4,17 @@ A layer is one matrix product `[outputs, inputs] × [inputs, positions]` for eac
 convolution are ordered by kernel position, and within one by channel, so that runs of inputs are runs of channels.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimpoint.low_rank.observed import kept_positions
 from trimpoint.method import Context
+from trimpoint.padding import calibrate_kept, rows_of
 
 _PIECE = 1 << 22
 """Numbers that are unfolded at once, at most (a single sample may be more)."""
@@ -102,16 +101,9 @@ def gather(ctx: Context, modules: Mapping[str, nn.Module], *, products: bool) ->
         DataError: if the task has no calibration data.
     """
     found = {path: InputStatistics(products=products) for path in modules}
-    batches = iter(ctx.task.batches("calibrate")) if ctx.task is not None else iter(())
-    kept = [kept_positions(inputs) for inputs, _ in itertools.islice(batches, 1)]
 
-    def observe(path: str, module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
-        if path in found:
-            seen = cast(Tensor, inputs[0])
-            real = kept[0] if kept and isinstance(module, nn.Linear) else None
-            found[path].add(module, seen[real] if real is not None and seen.shape[:-1] == real.shape else seen)
-        if path == "":
-            kept[:] = [kept_positions(inputs) for inputs, _ in itertools.islice(batches, 1)]
+    def see(path: str, module: nn.Module, value: Tensor, kept: Tensor | None) -> None:
+        found[path].add(module, rows_of(value, kept) if isinstance(module, nn.Linear) else value)
 
-    ctx.calibrate(observe, list(dict.fromkeys([*modules, ""])))
+    calibrate_kept(ctx, see, list(modules))
     return found

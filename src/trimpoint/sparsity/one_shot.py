@@ -52,7 +52,8 @@ def sparsegpt(
     Args:
         weight: `[outputs, inputs]`.
         products: XᵀX `[inputs, inputs]` over the calibration data.
-        count: weights to remove, from each block in proportion; without a meaning where there is a pattern.
+        count: weights to remove: those of inputs that are always zero first, the others from each block in proportion;
+            without a meaning where there is a pattern.
         pattern: see `Pattern`.
         held: booleans `[outputs, inputs]`: weights that are zero already and stay it.
         damping: λ as a share of the mean of H's diagonal.
@@ -65,6 +66,8 @@ def sparsegpt(
     left = weight.detach().double().clone()
     removed = torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
     factor = _inverse_factor(products, damping)
+    dead = products.diagonal() == 0
+    quota = _quota(dead, count, rows)
     kept, of = pattern or (0, 1)
     block -= block % of
     for start in range(0, columns, block):
@@ -72,8 +75,8 @@ def sparsegpt(
         inner, part = factor[start:end, start:end], left[:, start:end]
         gone, errors = removed[:, start:end], torch.zeros_like(part)
         if pattern is None:
-            due = (2 * count * end + columns) // (2 * columns) - int(removed.sum())
-            gone |= _chosen(part, inner, held, start, end, due, 0)
+            due = quota[end - 1] - int(removed.sum())
+            gone |= _chosen(part.masked_fill(dead[start:end], 0.0), inner, held, start, end, due, 0)
         for column in range(end - start):
             if pattern is not None and column % of == 0:
                 run = slice(column, column + of)
@@ -85,6 +88,16 @@ def sparsegpt(
             errors[:, column] = error
         left[:, end:] -= errors @ factor[start:end, end:]
     return left.masked_fill(removed, 0.0), removed
+
+
+def _quota(dead: Tensor, count: int, rows: int) -> list[int]:
+    """Return how many weights are to be gone after each column: all those of dead inputs, if so many are to go."""
+    shares = []
+    for columns, total in ((dead, min(count, rows * int(dead.sum()))), (~dead, max(0, count - rows * int(dead.sum())))):
+        passed, whole = columns.cumsum(0), max(1, int(columns.sum()))
+        shares.append((2 * total * passed + whole) // (2 * whole))
+    found: list[int] = (shares[0] + shares[1]).tolist()
+    return found
 
 
 def _chosen(part: Tensor, factor: Tensor, held: Tensor | None, start: int, end: int, count: int, size: int) -> Tensor:

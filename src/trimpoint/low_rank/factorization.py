@@ -1,0 +1,123 @@
+"""How large factors are and what an error counts: the hyper-parameters that all factorising methods share."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from trimpoint.errors import DataError
+from trimpoint.graph.layers import LowRank
+from trimpoint.low_rank.ranks import RULES, RankRule
+from trimpoint.method import Bounds, Context, Method, Site, param
+from trimpoint.parts import Block, Group
+from trimpoint.task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorization(Method):
+    """A method that puts factors of low rank in the place of layers.
+
+    Attributes:
+        observed: what `weighting="auto"` is where there is calibration data.
+    """
+
+    observed: ClassVar[str] = "activation"
+
+    rank_ratio: float = param(
+        0.5,
+        doc='share of the replaced parameters that the factors have, for rank="ratio"; 1 changes nothing',
+        bounds=Bounds(gt=0, le=1),
+        noop=1.0,
+        weak=0.75,
+        search=(0.75, 0.5, 0.35),
+    )
+    rank: str = param(
+        "ratio",
+        doc="how ranks are chosen: by the share of parameters, by the share of the (weighted) sum of squares that is "
+        "kept (an error budget for each layer), or by variational Bayes",
+        choices=RULES,
+    )
+    energy: float = param(
+        0.95, doc='share of the (weighted) sum of squares that is kept, for rank="energy"', bounds=Bounds(gt=0, le=1)
+    )
+    round_to: int = param(1, doc="ranks are multiples of this; 8 or 16 suit most kernels", bounds=Bounds(ge=1))
+    weighting: str = param(
+        "auto",
+        doc="what an error counts: all weights the same, by the layer's inputs, by the Fisher information of the loss, "
+        "or by the inputs where there is `calibrate` data and all the same where not",
+        choices=("auto", "none", "activation", "fisher"),
+    )
+
+    @property
+    def rule(self) -> RankRule:
+        """How ranks are chosen."""
+        return RankRule(self.rank, self.rank_ratio, self.energy, self.round_to)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is to be replaced."""
+        return self.rank == "ratio" and self.rank_ratio == 1
+
+    @abstractmethod
+    def unfit(self, ctx: Context, site: Site) -> str:
+        """Return why a layer cannot be replaced, or `""`."""
+
+    def sites(self, ctx: Context) -> list[Site]:
+        """Return the layers in scope that can be replaced; the others are skipped with the reason."""
+        found = []
+        for site in ctx.modules():
+            if reason := self.unfit(ctx, site) or ("rank_ratio=1 keeps all of it" if self.keeps_all else ""):
+                ctx.skip(site.path, reason)
+            else:
+                found.append(site)
+        return found
+
+    def weighting_for(self, task: Task | None) -> str:
+        """Return the weighting that is used with a task, never `"auto"`.
+
+        Raises:
+            DataError: if the task lacks what the weighting needs.
+        """
+        known = task is not None and task.has("calibrate")
+        if self.weighting == "auto":
+            return self.observed if known else "none"
+        fisher = self.weighting == "fisher"
+        if self.weighting != "none" and not (known and (not fisher or (task is not None and task.has("loss")))):
+            needs, lacks = ("`calibrate` data and a loss", "one of them") if fisher else ("`calibrate` data", "it")
+            raise DataError(
+                f'weighting="{self.weighting}" needs {needs}. The task lacks {lacks}.',
+                'give what is missing, or take weighting="none"',
+            )
+        return self.weighting
+
+    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
+        """Return `rank_ratio` for each module that makes or reads channels, as far as the groups tell."""
+        if self.rank != "ratio" or self.keeps_all:
+            return {}
+        members = (member for group in groups for member in group.members if member.role != "through")
+        return {member.path: self.rank_ratio for member in members if member.parameter == "weight"}
+
+
+def irreplaceable(ctx: Context, site: Site, plain: type[nn.Module] | None) -> str:
+    """Return why a layer of any kind cannot be replaced by its factors, or `""`.
+
+    Args:
+        ctx: of the step.
+        site: the layer.
+        plain: the class whose forward pass the factors stand for; `None` where that was looked at already.
+    """
+    parent = site.path.rpartition(".")[0]
+    if site.path and isinstance(ctx.get(parent), LowRank):
+        return "it is a factor of a layer already"
+    if site.tied:
+        return "it shares its weight with another module"
+    if parametrize.is_parametrized(site.module):
+        return "its weight is computed from others (a parametrization)"
+    if plain is not None and type(site.module).forward is not plain.forward:
+        return f"its class {type(site.module).__name__} has a forward pass of its own"
+    if site.module._forward_hooks or site.module._forward_pre_hooks:
+        return "it has hooks, which would be lost"
+    return ""

@@ -1,0 +1,63 @@
+"""Which positions of a batch are padding, and what layers see elsewhere."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from trimpoint.method import Context
+
+_KEEP, _DROP = ("attention_mask",), ("key_padding_mask", "src_key_padding_mask")
+
+
+def kept_positions(inputs: Any) -> Tensor | None:
+    """Return which positions of a batch are no padding, `[batch, length]`; `None` where nothing tells.
+
+    A mapping tells by `attention_mask` (1 where there is a token) or by `key_padding_mask` or `src_key_padding_mask`
+    (1 where there is none), if that has two dimensions and no other values.
+    """
+    for name in (*_KEEP, *_DROP) if isinstance(inputs, Mapping) else ():
+        mask = inputs.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and bool(((mask == 0) | (mask == 1)).all()):
+            return (mask != 0) if name in _KEEP else (mask == 0)
+    return None
+
+
+def rows_of(value: Any, kept: Tensor | None) -> Tensor:
+    """Return the row vectors along the last dimension of a layer's input or output, `[positions, features]`.
+
+    Args:
+        value: a tensor, or a packed sequence.
+        kept: positions that count, see `kept_positions`; used where the tensor has just these leading dimensions.
+    """
+    tensor: Tensor = getattr(value, "data", value)
+    if kept is not None and tensor.shape[:-1] == kept.shape:
+        return tensor[kept]
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def calibrate_kept(
+    ctx: Context, see: Callable[[str, nn.Module, Any, Tensor | None], None], paths: Sequence[str]
+) -> None:
+    """Run the calibration data through the model and tell what layers read, and where that is no padding.
+
+    Args:
+        ctx: of the step.
+        see: called with the path, the module, its first input and the kept positions of the batch.
+        paths: of the layers.
+
+    Raises:
+        DataError: if the task has no calibration data.
+    """
+    batches = iter(ctx.task.batches("calibrate")) if ctx.task is not None else iter(())
+    masks = (kept_positions(inputs) for inputs, _ in batches)
+    kept = next(masks, None)
+
+    def observe(path: str, module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
+        nonlocal kept
+        if path in paths:
+            see(path, module, inputs[0], kept)
+        if path == "":  # the whole model: the batch is over
+            kept = next(masks, None)
+
+    ctx.calibrate(observe, list(dict.fromkeys([*paths, ""])))

@@ -27,8 +27,8 @@ class FactorizeLinear(Factorization):
         all for the size of the file. Two thin products take more time than their multiplications say, since they are
         two calls with a tensor between them; on narrow layers the pair may be no faster than the layer was.
     What it costs:
-        Quality falls with the rank; plan a recovery step behind it. The errors that plain truncation
-        (`weighting="none"`) makes in a layer's outputs are 1.7 to 3.6 times as large, on MiniLM, as those of `"activation"`.
+        Quality falls with the rank; plan a recovery step behind it. On MiniLM, the errors that plain truncation
+        (`weighting="none"`) makes in a layer's outputs are 1.7 to 3.6 times as large as those of `"activation"`.
         `"fisher"` costs a backward pass for every calibration sample.
     Needs:
         `calibrate` data for `weighting="activation"` (which `"auto"` takes where there is such data); for `"fisher"`

@@ -15,6 +15,7 @@ from torch import nn
 
 from trimpoint.compress import Compressed
 from trimpoint.data import as_numpy
+from trimpoint.errors import StudyError
 from trimpoint.measure.environment import instruction_set
 from trimpoint.measure.inputs import CoreInputs, capture, core_inputs
 from trimpoint.measure.latency import LatencyResult, measure_latency
@@ -30,6 +31,7 @@ from trimpoint.runtimes.base import Lowered
 from trimpoint.runtimes.export import export
 from trimpoint.runtimes.verify import require_parity
 from trimpoint.search.delivery import LOWERED, read_lowered
+from trimpoint.search.fingerprint import model_digest
 from trimpoint.target import Target
 from trimpoint.task import Task
 from trimpoint.trust.certify import certify_runs
@@ -37,7 +39,7 @@ from trimpoint.trust.ledger import Ledger
 from trimpoint.values import Certificate, from_data, to_data
 
 UNMODIFIED = "unmodified"
-FACTS, RECORDS, LEDGER = "facts.json", "records.npy", "ledger.jsonl"
+FACTS, RECORDS, CLAIM = "facts.json", "records.npy", "compared.json"
 Make = Callable[[], nn.Module | Compressed]
 
 
@@ -56,10 +58,18 @@ class Comparison:
         model: unmodified, in evaluation mode.
         task: its data; `select` is scored for every system, `certify` for the finalists alone.
         target: where they run.
+
+    Attributes:
+        reference: the system that drops are against: the unmodified model, until `refer_to` finds a better one.
+
+    Raises:
+        StudyError: if `out` holds systems of another model or other data.
     """
 
     def __init__(self, out: Path, model: nn.Module, task: Task, target: Target | None = None) -> None:
         self.out, self.model, self.task, self.target = out, model, task, target or Target()
+        self.reference = UNMODIFIED
+        _claim(out, {"model": model_digest(model), "select": task.fingerprint("select"), "target": str(self.target)})
         self.runtime = get_runtime(self.target.runtime)
         self.inputs: CoreInputs = core_inputs(model, task, self.target)
         self.systems: dict[str, _Made] = {}
@@ -93,6 +103,15 @@ class Comparison:
             self._keep(directory, lowered, facts | {metric: static[metric].value for metric in ("params", "macs")})
         self._read(name, directory)
         return self._figures(name)
+
+    def refer_to(self, *names: str) -> str:
+        """Measure drops from now on against the best on `select` of the unmodified model and these systems.
+
+        An undertrained start makes every drop look free; the original, given the same extra training, does not.
+        """
+        sign = 1 if self.task.score.better == "higher" else -1
+        self.reference = max((UNMODIFIED, *names), key=lambda name: sign * self.systems[name].evaluation.value)
+        return self.reference
 
     def _keep(self, directory: Path, lowered: Lowered, facts: Mapping[str, Any]) -> None:
         (directory / LOWERED).write_text(json.dumps(to_data(lowered)), encoding="utf-8")
@@ -130,8 +149,8 @@ class Comparison:
         return [as_numpy(capture(self.model, self.task, inputs)) for inputs, _ in batches]
 
     def _figures(self, name: str) -> dict[str, Any]:
-        made, base = self.systems[name], self.systems[UNMODIFIED].evaluation
-        found = quality(made.evaluation, None if name == UNMODIFIED else base)
+        made, base = self.systems[name], self.systems[self.reference].evaluation
+        found = quality(made.evaluation, None if name == self.reference else base)
         return {
             "system": name,
             **made.facts,
@@ -156,16 +175,22 @@ class Comparison:
         return {name: shapes[middle] for name, shapes in found.items()}
 
     def certify(self, finalists: Sequence[str], margin: float, key: str) -> dict[str, Certificate]:
-        """Compare finalists with the unmodified model on the `certify` data; what was certified before is read back.
+        """Compare finalists with the reference on the `certify` data.
+
+        What was certified before is read back; finalists that were named first under this key stay, whoever is given.
 
         Args:
             finalists: at most three systems, fixed before any of them is looked at.
             margin: the drop that is allowed.
             key: names this set of finalists.
         """
+        chosen = self.out / f"finalists-{key}.json"
+        if not chosen.exists():
+            chosen.write_text(json.dumps(list(finalists)), encoding="utf-8")
+        finalists = json.loads(chosen.read_text(encoding="utf-8"))
         certificates = {}
         for name in finalists:
-            made, base = self.systems[name].files, self.systems[UNMODIFIED].files
+            made, base = self.systems[name].files, self.systems[self.reference].files
             file = made.directory / f"certificate-{key}.json"
             if file.exists():
                 certificates[name] = from_data(Certificate, json.loads(file.read_text(encoding="utf-8")))
@@ -175,7 +200,7 @@ class Comparison:
                 self.runtime.open(made.directory, made.lowered, threads=self.target.threads),
                 self.task,
                 margin,
-                ledger=Ledger(self.out / LEDGER),
+                ledger=Ledger(),
                 artifact_digest=made.digest,
                 finalists=len(finalists),
                 batch=key,
@@ -244,7 +269,24 @@ def goal(
     return {"name": name, "value": value, "must": must, "aim": aim, "better": better, "unit": unit}
 
 
-def best_ratio(rows: Sequence[Mapping[str, Any]], drop: float) -> float | None:
-    """Return the highest latency ratio among rows whose upper bound of the drop on `select` is at most `drop`."""
-    fitting = [row["latency_ratio"] for row in rows if (row.get("drop_select_upper95") or 0.0) <= drop]
-    return max(fitting, default=None)
+def best_ratio(rows: Sequence[Mapping[str, Any]], drop: float) -> float:
+    """Return the highest latency ratio among rows whose upper bound of the drop on `select` is at most `drop`.
+
+    It is at least 1: whoever finds nothing faster keeps the unmodified model.
+    """
+    fitting = (row["latency_ratio"] for row in rows if (row.get("drop_select_upper95") or 0.0) <= drop)
+    return max((1.0, *fitting))
+
+
+def _claim(out: Path, what: Mapping[str, str]) -> None:
+    """Write down what the systems in a directory are compared with, or check that it is the same."""
+    file = out / CLAIM
+    if not file.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(what), encoding="utf-8")
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if differing := [name for name, value in what.items() if known.get(name) != value]:
+        raise StudyError(
+            f"The systems in {out} were made with another {', another '.join(differing)}.",
+            "remove the directory, or give another `--state`",
+        )

@@ -47,6 +47,7 @@ def run(resume_dir: Path) -> dict[str, Any]:
     comparison.add_one_line_int8()
     control = Plan((Step(Finetune(epochs=EPOCHS, precision="bfloat16")),))
     comparison.add("unmodified, trained as long", lambda: compress(model, control, task))
+    comparison.refer_to("unmodified, trained as long")
     recovery = Step(Distill(epochs=EPOCHS, lr=2e-4, precision="bfloat16"))
     vocabulary = Step(PruneVocabulary())
     for name, methods in STRUCTURES.items():

@@ -1,0 +1,64 @@
+"""Systems side by side: what drops are against, what is read back, and what is not mixed."""
+
+import pytest
+import torch
+from benchmarks.comparison import UNMODIFIED, Comparison, best_ratio
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from trimpoint.compress import compress
+from trimpoint.errors import StudyError
+from trimpoint.methods.quantize_static import QuantizeStatic
+from trimpoint.plan import Plan
+from trimpoint.task import Task, cross_entropy
+
+
+def network(noise=0.0):
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        made[0].weight.copy_(torch.eye(3, 6) + noise * torch.randn(3, 6))
+        made[0].bias.zero_()
+    return made
+
+
+@pytest.fixture
+def task():
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(1))
+    data = TensorDataset(x, x[:, :3].argmax(1))
+    return Task(train=data, calibrate=data, select=data, certify=data, loss=cross_entropy, batch_size=50)
+
+
+def test_drops_are_against_the_best_of_the_original_and_the_control(tmp_path, task, monkeypatch):
+    monkeypatch.setenv("TRIMPOINT_STATE", str(tmp_path / "state"))
+    found = Comparison(tmp_path / "out", network(0.3), task)
+    found.add("worse", lambda: network(0.6))
+    found.add("control", network)
+    assert found.refer_to("worse") == UNMODIFIED
+    before = found.add("worse", network)["drop_select"]
+    assert found.refer_to("control") == "control"
+    figures = {row["system"]: row for row in found.rows({})}
+    assert figures["worse"]["drop_select"] == pytest.approx(1 - figures["worse"]["select"])
+    assert figures["worse"]["drop_select"] > before
+    assert figures["control"]["drop_select"] is None
+    certificates = found.certify(["worse"], 0.01, "test")
+    assert certificates["worse"].drop == pytest.approx(figures["worse"]["drop_select"])
+    assert found.certify([UNMODIFIED], 0.01, "test") == certificates
+
+
+def test_what_was_made_is_read_back_and_not_mixed(tmp_path, task):
+    first = Comparison(tmp_path, network(), task)
+    plan = Plan().then(QuantizeStatic())
+    figures = first.add("int8", lambda: compress(network(), plan, task), note=1)
+    again = Comparison(tmp_path, network(), task)
+    assert again.add("int8", lambda: pytest.fail("made again")) == figures
+    with pytest.raises(StudyError, match="another model"):
+        Comparison(tmp_path, network(0.1), task)
+    with pytest.raises(StudyError, match="another select"):
+        Comparison(tmp_path, network(), task.with_(select=TensorDataset(torch.zeros(4, 6), torch.zeros(4).long())))
+
+
+def test_the_best_ratio_is_that_of_the_unmodified_model_at_least():
+    rows = [{"latency_ratio": r, "drop_select_upper95": d} for r, d in ((2.0, 0.02), (0.8, 0.005), (1.5, 0.009))]
+    assert best_ratio(rows, 0.01) == 1.5
+    assert best_ratio(rows[:2], 0.01) == 1.0

@@ -309,3 +309,11 @@ def test_recovers_under_a_bare_loop_as_well_as_under_ours(model, task):
         optimizer.step()
     for name, value in bare.state_dict().items():
         assert torch.allclose(value, ours.module.state_dict()[name], atol=1e-4), name
+
+
+def test_a_model_that_cannot_be_copied_is_refused(task):
+    with pytest.warns(FutureWarning):
+        layer = nn.utils.weight_norm(nn.Linear(4, 4))
+    layer(torch.randn(2, 4))
+    with pytest.raises(ModelError, match=r"cannot be copied[\s\S]*parametrizations.weight_norm"):
+        compress(nn.Sequential(layer), Plan())

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from trimpoint.errors import InvalidParameterError, PlanError, UnknownNameError
+from trimpoint.errors import InvalidParameterError, PlanError, TrimpointError, UnknownNameError
 from trimpoint.filters import parse
 from trimpoint.method import Stage, all_methods, make_method
 from trimpoint.plan import Plan, Step
@@ -111,3 +111,9 @@ def test_recipes_that_are_none(text, error, message):
 def test_steps_of_the_wrong_type(step):
     with pytest.raises(PlanError, match="of a step must be text"):
         Plan.from_data({"steps": [step]})
+
+
+def test_where_is_read_from_text():
+    assert Step(make_method("finetune", {}), "layers.*") == Step(make_method("finetune", {}), parse("layers.*"))
+    with pytest.raises(TrimpointError):
+        Step(make_method("finetune", {}), "layers.* &")

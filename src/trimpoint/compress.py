@@ -107,7 +107,13 @@ def compress(
 def _begin(
     model: nn.Module, task: Task | None, start: Compressed | None, cache: MutableMapping[str, Tensor] | None
 ) -> Build:
-    module = copy.deepcopy(model if start is None else start.module).eval()
+    try:
+        module = copy.deepcopy(model if start is None else start.module).eval()
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"The model cannot be copied: {error}",
+            "`torch.nn.utils.weight_norm` is a usual cause; take `torch.nn.utils.parametrizations.weight_norm`",
+        ) from error
     build = Build(module=module, given=model, task=task, memory=cache)
     if start is None:
         build.facts = {path: _facts_of(m) for path, m in model.named_modules(remove_duplicate=False)}

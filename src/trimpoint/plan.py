@@ -18,11 +18,15 @@ class Step:
 
     Args:
         method: with its hyper-parameters.
-        where: which modules, by their path in the unmodified model.
+        where: which modules, by their path in the unmodified model; text is read as in a recipe.
     """
 
     method: Method
     where: Filter = EVERYTHING
+
+    def __post_init__(self) -> None:
+        if isinstance(self.where, str):
+            object.__setattr__(self, "where", parse(self.where))
 
     def to_data(self) -> dict[str, Any]:
         """Return the step as a JSON object: `method`, its parameters, and `where` unless it is everything."""

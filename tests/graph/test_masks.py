@@ -24,6 +24,7 @@ from trimpoint.graph import (
     masks_of,
     rebuild,
     save_structure,
+    trace,
     why_not_maskable,
 )
 from trimpoint.graph.masks import UPDATES, removed_at, schedule_to_data
@@ -352,3 +353,20 @@ def test_a_frozen_weight_has_all_its_zeros_in_training_too():
     layer.requires_grad_(False)
     zeros = {mode: int((layer.train(mode).weight == 0).sum()) for mode in (True, False)}
     assert zeros == {True: 48, False: 48}
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_model_with_a_schedule_is_traced_as_it_ends(steps):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    mask_(model[0], "weight", schedule=MaskSchedule(removed=64, steps=3, rank="magnitude", curve="cubic"))
+    model.train()
+    for _ in range(steps):
+        model(torch.randn(4, 8)).sum().backward()
+    model.eval()
+    inputs = torch.randn(2, 8)
+    traced = trace(model, inputs)
+    with torch.no_grad():
+        assert torch.equal(traced.program.module()(inputs), model(inputs))
+    assert int((traced.module[0].weight == 0).sum()) == 64
+    assert int(model[0].parametrizations.weight[0].step) == steps

@@ -85,14 +85,17 @@ class ScheduledMask(Mask):
         """Return the weight with the zeros of this step; in evaluation mode with those of the end."""
         frozen = torch.is_grad_enabled() and not weight.requires_grad  # No gradient will tell that a step was made.
         if not self.training or frozen:
-            keep = self.keep if int(self.step) >= self.schedule.steps else self._ranked(weight, self.schedule.removed)
-            return weight.masked_fill(~keep, 0.0)
+            return weight.masked_fill(~self.final(weight), 0.0)
         if torch.is_grad_enabled() and not self._pending:
             self._advance(weight)
         masked = super().forward(weight)
         if masked.requires_grad:
             masked.register_hook(lambda gradient: self._learn(weight, gradient))  # type: ignore[no-untyped-call]
         return masked
+
+    def final(self, weight: Tensor) -> Tensor:
+        """Return which weights are kept in evaluation mode, booleans of the shape of `weight`."""
+        return self.keep if int(self.step) >= self.schedule.steps else self._ranked(weight, self.schedule.removed)
 
     def train(self, mode: bool = True) -> "ScheduledMask":
         """Change the mode; what was not followed by a backward pass is forgotten."""
@@ -225,6 +228,16 @@ def bake_masks_(module: nn.Module) -> None:
         part.__class__ = parametrize.type_before_parametrizations(part)
         del part._modules["parametrizations"]
         part._parameters = {**plain, **part._parameters}
+
+
+@torch.no_grad()
+def end_schedules_(module: nn.Module) -> None:
+    """Put a fixed mask in the place of each scheduled one, in place: that of the end of its schedule."""
+    for part in module.modules():
+        for name, mask in masks_of(part).items():
+            if isinstance(mask, ScheduledMask):
+                chain = _chain(part, name)
+                chain[0] = Mask(mask.eval().final(chain.original)).train(part.training)
 
 
 def baked(module: nn.Module) -> nn.Module:

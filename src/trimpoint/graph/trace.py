@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from trimpoint.errors import TraceError
+from trimpoint.graph.masks import end_schedules_
 from trimpoint.losses import call
 from trimpoint.signature import flatten, structure_of, unflatten
 
@@ -58,6 +59,7 @@ def trace(module: nn.Module, inputs: Any) -> Trace:
     """
     original = module
     module = copy.deepcopy(module).eval()
+    end_schedules_(module)
     inputs = doubled(inputs)
     try:
         with torch.no_grad():

@@ -60,6 +60,7 @@ class _Context(Context):
         self._traits, self._name = step.method.traits, step.method.name
         self._changes: dict[str, Change] = {}
         self._blocks: tuple[Block, ...] | None = None
+        self._originals = dict(build.original.named_modules(remove_duplicate=False))
         self.task, self.effort = build.task, effort
         self.seed = mix(seed, position)
         self.rng = np.random.default_rng(self.seed)
@@ -297,7 +298,8 @@ class _Context(Context):
         owner = owner_of(path)
         origin = self._build.origin(owner)
         names = type_names(module if owner == path else self.get(owner))
-        return self._step.where.matches(origin, (*names, *type_names(self.original.get_submodule(origin))))
+        before = self._originals.get(origin)
+        return self._step.where.matches(origin, names if before is None else (*names, *type_names(before)))
 
     def _admits(self, group: Group) -> bool:
         """Return whether a group may be changed; record why not for its producing modules in scope."""

@@ -11,6 +11,12 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Start each test at the same random state, whichever tests ran before it in the same process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Keep what outlives a study, the ledger above all, away from that of whoever runs the tests."""
     directory = tmp_path_factory.mktemp("state")

@@ -5,13 +5,58 @@ import pytest
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-from trimpoint.data import as_numpy, as_tensors, check_roles, hash_samples, random_split, sample_digest
+from trimpoint.data import (
+    as_numpy,
+    as_tensors,
+    check_roles,
+    hash_samples,
+    random_split,
+    sample_digest,
+    shuffled_batches,
+)
 from trimpoint.errors import DataError, InvalidParameterError
 
 
 def samples(n=20, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return TensorDataset(torch.randn(n, 3, generator=generator), torch.arange(n) % 4)
+
+
+def drawn(data, size, seed):
+    return list(shuffled_batches(data, size, torch.Generator().manual_seed(seed)))
+
+
+def test_shuffled_batches_hold_every_sample_once_and_drop_the_rest():
+    batches = drawn([(torch.zeros(3), i) for i in range(103)], 10, 0)
+    seen = [target for batch in batches for _, target in batch]
+    assert [len(batch) for batch in batches] == [10] * 10
+    assert len(set(seen)) == 100 and seen != sorted(seen)
+    assert [[t for _, t in b] for b in drawn([(torch.zeros(3), i) for i in range(103)], 10, 1)] != batches
+
+
+def test_samples_of_equal_length_are_not_read_ahead():
+    class Counted(list):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+    data = Counted([(torch.zeros(3), 0)] * 100)
+    next(shuffled_batches(data, 10, torch.Generator()))
+    assert data.read == 10
+
+
+@pytest.mark.parametrize("kind", [torch.zeros, "a".__mul__, lambda n: {"ids": np.zeros(n), "mask": [1] * n}])
+def test_samples_of_different_length_come_with_their_like(kind):
+    lengths = torch.randint(1, 65, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    data = [(kind(length), index) for index, length in enumerate(lengths)]
+    batches = [[lengths[index] for _, index in batch] for batch in drawn(data, 10, 0)]
+    padded = sum(max(batch) * len(batch) for batch in batches) / sum(lengths)
+    assert sorted(length for batch in batches for length in batch) == sorted(lengths)
+    assert padded < 1.15  # 1.8 in random order
+    means = [sum(batch) / len(batch) for batch in batches]
+    assert means != sorted(means)
 
 
 def test_split_is_a_reproducible_partition():

@@ -1,7 +1,8 @@
 """Splitting, hashing and checking data sets of samples."""
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +12,9 @@ from torch.utils.data import Subset
 
 from trimpoint.errors import DataError, InvalidParameterError
 from trimpoint.signature import flatten
+
+_POOL = 32
+"""Batches of samples of different length that are sorted together."""
 
 
 def random_split(data: Any, sizes: Mapping[str, float], seed: int, rest: str = "train") -> dict[str, Any]:
@@ -43,6 +47,39 @@ def random_split(data: Any, sizes: Mapping[str, float], seed: int, rest: str = "
     if start >= total:
         raise DataError(f"A split into {dict(sizes)} leaves nothing of {total} samples for `{rest}`.", "ask for less")
     return parts | {rest: Subset(data, order[start:])}
+
+
+def shuffled_batches(data: Any, size: int, generator: torch.Generator) -> Iterator[list[Any]]:
+    """Yield the samples of one epoch in random batches of `size`; what is left at the end is dropped.
+
+    Where the samples of a batch differ in length, 32 batches are drawn at once and sorted by length before they are
+    cut, and come in random order: batches of queries then hold little padding, and still differ in each epoch.
+
+    Args:
+        data: anything with a length and items.
+        size: of a batch.
+        generator: of the order.
+    """
+    order = torch.randperm(len(data), generator=generator).tolist()
+    start, end = 0, len(order) // size * size
+    while start < end:
+        samples = [data[index] for index in order[start : start + size]]
+        start += size
+        if len({_length(sample) for sample in samples}) == 1:
+            yield samples
+            continue
+        stop = min(end, start + size * (_POOL - 1))
+        samples = sorted(samples + [data[index] for index in order[start:stop]], key=_length)
+        start = stop
+        for turn in torch.randperm(len(samples) // size, generator=generator).tolist():
+            yield samples[turn * size : (turn + 1) * size]
+
+
+def _length(sample: Any) -> int:
+    """Return the number of elements of a sample's inputs."""
+    inputs = sample[0] if isinstance(sample, (tuple, list)) and sample else sample
+    shapes = [getattr(leaf, "shape", (len(leaf),) if hasattr(leaf, "__len__") else ()) for leaf in flatten(inputs)]
+    return sum(math.prod(shape) for shape in shapes)
 
 
 def sample_digest(sample: Any) -> bytes:

@@ -7,9 +7,9 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import default_collate
 
-from trimpoint.data import check_roles, hash_samples, random_split
+from trimpoint.data import check_roles, hash_samples, random_split, shuffled_batches
 from trimpoint.errors import DataError, InvalidParameterError, UnknownNameError, suggest
 from trimpoint.losses import call, cross_entropy, main_tensor, squared_error
 from trimpoint.score import Accuracy, Score
@@ -217,18 +217,14 @@ class Task:
             yield self.collate_checked([data[i] for i in range(start, min(start + size, count))], role)
 
     def training_batches(self, seed: int) -> Iterator[Batch]:
-        """Yield shuffled, augmented training batches of one epoch; the last short one is dropped."""
+        """Yield shuffled, augmented training batches of one epoch; the last short one is dropped.
+
+        Where samples differ in length, those of about equal length come together: see `shuffled_batches`.
+        """
         data = self.data("train")
         generator = torch.Generator().manual_seed(seed)
-        loader = DataLoader(
-            cast("Dataset[Any]", data),
-            batch_size=min(self.batch_size, len(data)),
-            shuffle=True,
-            drop_last=True,
-            collate_fn=lambda samples: self.collate_checked(samples, "train"),
-            generator=generator,
-        )
-        for inputs, targets in loader:
+        for samples in shuffled_batches(data, min(self.batch_size, len(data)), generator):
+            inputs, targets = self.collate_checked(samples, "train")
             yield (inputs, targets) if self.augment is None else self.augment(inputs, targets, generator)
 
     def collate_checked(self, samples: list[Any], role: str = "given") -> Batch:

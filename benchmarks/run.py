@@ -2,7 +2,8 @@
 
 A scenario is a file in `benchmarks/scenarios/` with `QUESTION` and `run(resume_dir) -> {"rows": […], "goals": […]}`.
 It keeps in `resume_dir` what it must not lose, so that a run that was cut off goes on where it was. The result, with
-the environment it holds for, is `benchmarks/results/<name>.json`.
+the environment it holds for, is `benchmarks/results/<name>.json`. A scenario with `PAGE` and `page(result) -> text`
+also makes that page of `docs/reference/`.
 """
 
 import argparse
@@ -99,13 +100,14 @@ def verdict(goal: dict[str, Any]) -> str:
     return "must" if goal["must"] is None or sign * value >= sign * goal["must"] else "missed"
 
 
-def run(name: str, state: Path, results: Path) -> dict[str, Any]:
+def run(name: str, state: Path, results: Path, pages: Path) -> dict[str, Any]:
     """Run one scenario and write its result file in one piece.
 
     Args:
         name: of the scenario.
         state: directory in which scenarios keep what they must not lose.
         results: directory of the result files.
+        pages: directory of the pages that some scenarios make.
     """
     scenario, resume_dir = load(name), state / name
     resume_dir.mkdir(parents=True, exist_ok=True)
@@ -125,11 +127,17 @@ def run(name: str, state: Path, results: Path) -> dict[str, Any]:
         "rows": outcome["rows"],
         "goals": outcome["goals"],
     }
-    results.mkdir(parents=True, exist_ok=True)
-    part = results / f"{name}.json.part"
-    part.write_text(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(results / f"{name}.json")
+    _write(results / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    if hasattr(scenario, "PAGE"):
+        _write(pages / scenario.PAGE, scenario.page(result))
     return result
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
 
 
 def show(result: dict[str, Any]) -> None:
@@ -148,13 +156,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--state", type=Path, default=Path("runs/bench"), help="kept between runs; remove it to start over"
     )
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--pages", type=Path, default=HERE.parent / "docs" / "reference")
     options = parser.parse_args(arguments)
     names = options.scenario or scenario_names()
     for name in names:
         load(name)
     missed = 0
     for name in names:
-        result = run(name, options.state, options.results)
+        result = run(name, options.state, options.results, options.pages)
         show(result)
         missed += sum(verdict(goal) == "missed" for goal in result["goals"])
     print(f"{len(names)} scenarios, {missed} goals missed", file=sys.stderr)

@@ -27,11 +27,13 @@ def drawn(data, size, seed):
 
 
 def test_shuffled_batches_hold_every_sample_once_and_drop_the_rest():
-    batches = drawn([(torch.zeros(3), i) for i in range(103)], 10, 0)
-    seen = [target for batch in batches for _, target in batch]
-    assert [len(batch) for batch in batches] == [10] * 10
-    assert len(set(seen)) == 100 and seen != sorted(seen)
-    assert [[t for _, t in b] for b in drawn([(torch.zeros(3), i) for i in range(103)], 10, 1)] != batches
+    data = [(torch.zeros(3), index) for index in range(103)]
+    orders = [[[target for _, target in batch] for batch in drawn(data, 10, seed)] for seed in (0, 0, 1)]
+    seen = sum(orders[0], [])
+    assert [len(batch) for batch in orders[0]] == [10] * 10
+    assert len(set(seen)) == 100
+    assert seen != sorted(seen)
+    assert orders[0] == orders[1] != orders[2]
 
 
 def test_samples_of_equal_length_are_not_read_ahead():

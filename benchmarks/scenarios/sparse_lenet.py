@@ -10,6 +10,7 @@ from benchmarks.scenarios._sparse import Row, measured
 
 from trimpoint.compress import compress
 from trimpoint.methods.distill import Distill
+from trimpoint.methods.finetune import Finetune
 from trimpoint.methods.prune_weights import PruneWeights
 from trimpoint.plan import Plan
 from trimpoint.score import Accuracy, RocAuc
@@ -41,8 +42,9 @@ def recovered(seed: int) -> dict[str, Plan]:
     """Return the plans that are trained, by name: two epochs at 60 %, six at 90 % and for the control."""
     short, long = (Distill(epochs=epochs, optimizer="sgd", lr=0.05) for epochs in (2.0, 6.0))
     lamp = {"scope": "global", "normalize": "lamp"}
+    control = Finetune(epochs=long.epochs, optimizer="sgd", lr=long.lr)
     return {
-        "unmodified, six more epochs": Plan(seed=seed).then(long),
+        "unmodified, six more epochs": Plan(seed=seed).then(control),
         "60 %, lamp, two epochs": Plan(seed=seed).then(PruneWeights(ratio=0.6, **lamp), short),
         "90 %, lamp, cubic, six epochs": Plan(seed=seed).then(
             PruneWeights(ratio=0.9, schedule="cubic", steps=1200, **lamp), long

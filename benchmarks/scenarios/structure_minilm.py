@@ -1,13 +1,22 @@
-"""Structure and recovery on MiniLM as a 77-way classifier of Banking77, float32, at the data's own lengths."""
+"""Structure and recovery on MiniLM as a 77-way classifier of Banking77, float32, at the data's own lengths.
+
+Beside what structure makes of the network stand the unmodified one trained as long at the same learning rate, and a
+small one that starts from random weights and learns from the same teacher. The vocabulary goes in all that are ours: it
+is half of the file. Two finalists are certified together; two more seeds of the better one show how much chance is in
+its drop.
+"""
 
 import importlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import Comparison, goal
+import torch
+from benchmarks.comparison import Comparison, goal, recovered
+from torch import nn
 
-from trimpoint.compress import compress
+from trimpoint.compress import Compressed, compress
 from trimpoint.filters import parse
 from trimpoint.method import Method
 from trimpoint.methods.distill import Distill
@@ -17,11 +26,14 @@ from trimpoint.methods.prune_channels import PruneChannels
 from trimpoint.methods.prune_heads import PruneHeads
 from trimpoint.methods.prune_vocabulary import PruneVocabulary
 from trimpoint.plan import Plan, Step
+from trimpoint.task import Task
 
 QUESTION = "How much faster does structure alone make MiniLM on Banking77, at 1.5 points of accuracy?"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-EPOCHS = 8.0
-MARGIN, TIGHT = 0.015, 0.01
+SEEDS = (0, 1, 2)
+RECOVERY = Distill(epochs=8.0, lr=2e-4, precision="bfloat16")
+MARGIN, TIGHT, FINALISTS = 0.015, 0.01, 2
+CONTROL = "unmodified, trained as long"
 LAYERS = parse("bert.encoder.*")
 STRUCTURES: dict[str, tuple[tuple[Method, bool], ...]] = {
     "3 of 6 layers": ((DropBlocks(ratio=0.5), False),),
@@ -38,31 +50,34 @@ STRUCTURES: dict[str, tuple[tuple[Method, bool], ...]] = {
 
 
 def run(resume_dir: Path) -> dict[str, Any]:
-    """Compress, measure, and certify the three fastest that are good enough on `select`."""
+    """Compress and measure all; certify the fastest that is good enough on `select`, each of its seeds."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
     banking = importlib.import_module("banking77_model")
     model, task = banking.model(), banking.task()
     comparison = Comparison(resume_dir, model, task)
     comparison.add_one_line_int8()
-    control = Plan((Step(Finetune(epochs=EPOCHS, precision="bfloat16")),))
-    comparison.add("unmodified, trained as long", lambda: compress(model, control, task))
-    comparison.refer_to("unmodified, trained as long")
-    recovery = Step(Distill(epochs=EPOCHS, lr=2e-4, precision="bfloat16"))
-    vocabulary = Step(PruneVocabulary())
-    for name, methods in STRUCTURES.items():
-        steps = tuple(Step(method, LAYERS) if held else Step(method) for method, held in methods)
-        plan = Plan((*steps, vocabulary, recovery))
-        comparison.add(name, lambda plan=plan: compress(model, plan, task))  # type: ignore[misc]
+    control = Finetune(epochs=RECOVERY.epochs, lr=RECOVERY.lr, precision=RECOVERY.precision)
+    comparison.add(CONTROL, lambda: compress(model, Plan((Step(control),)), task))
+    comparison.refer_to(CONTROL)
+    comparison.add("2 layers from random weights, distilled as long", lambda: _small(model, task))
+    for name in STRUCTURES:
+        comparison.add(_of(name), partial(_ours, model, task, name, SEEDS[0]))
     timed = comparison.timed()
     rows = {row["system"]: row for row in comparison.rows(timed)}
-    fitting = [name for name in STRUCTURES if (rows[name]["drop_select"] or 0.0) <= MARGIN]
-    fastest = sorted(fitting, key=lambda name: -rows[name]["latency_ratio"])[:3]
-    wide = comparison.certify(fastest, MARGIN, "structure-minilm") if fastest else {}
-    passed = [name for name, certificate in wide.items() if certificate.status == "passed"]
-    tight = [name for name in passed if wide[name].upper <= TIGHT]
+    fitting = [name for name in map(_of, STRUCTURES) if (rows[name]["drop_select"] or 0.0) <= TIGHT]
+    fastest = sorted(fitting, key=lambda name: -rows[name]["latency_ratio"])[:FINALISTS]
+    certificates = comparison.certify(fastest, MARGIN, "structure-minilm") if fastest else {}
+    passed = [name for name, found in certificates.items() if found.status == "passed"]
+    best = max(passed, key=lambda name: timed[name].ratio, default=None)
+    if best is not None:
+        others = [_of(best.rpartition(", seed ")[0], seed) for seed in SEEDS[1:]]
+        for name, seed in zip(others, SEEDS[1:], strict=True):
+            comparison.add(name, partial(_ours, model, task, best.rpartition(", seed ")[0], seed))
+        certificates |= comparison.certify(others, MARGIN, "structure-minilm-seeds")
+    tight = [name for name in passed if certificates[name].upper <= TIGHT]
     return {
-        "rows": comparison.rows(timed, wide),
+        "rows": comparison.rows(timed, certificates),
         "goals": [
             goal(
                 f"times faster at a certified drop of at most {margin * 100:g} points",
@@ -73,3 +88,20 @@ def run(resume_dir: Path) -> dict[str, Any]:
             for margin, names, must, aim in ((MARGIN, passed, 2.5, None), (TIGHT, tight, None, 4.0))
         ],
     }
+
+
+def _of(name: str, seed: int = SEEDS[0]) -> str:
+    return f"{name}, seed {seed}"
+
+
+def _ours(model: nn.Module, task: Task, name: str, seed: int) -> Compressed:
+    steps = tuple(Step(method, LAYERS) if held else Step(method) for method, held in STRUCTURES[name])
+    return compress(model, Plan((*steps, Step(PruneVocabulary()), Step(RECOVERY)), seed), task)
+
+
+def _small(model: nn.Module, task: Task) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig.from_dict({**model.config.to_dict(), "num_hidden_layers": 2})
+    return recovered(BertForSequenceClassification(config), model, task, RECOVERY)

@@ -93,6 +93,26 @@ def test_a_result_that_is_none_names_every_problem(runner: ModuleType) -> None:
         assert part in str(caught.value)
 
 
+def test_a_scenario_can_make_a_page(runner: ModuleType, planted: Path) -> None:
+    paged = SCENARIO.replace("GOAL", repr(GOAL)).replace("    if len(done", "    if False and len(done")
+    paged += (
+        "\nPAGE = 'paged.md'\n\ndef page(result):\n    return f'{result[\"scenario\"]}: {len(result[\"rows\"])} row'\n"
+    )
+    (planted / "scenarios" / "paged.py").write_text(paged)
+    places = [f"--{name}={planted / name}" for name in ("state", "results", "pages")]
+    assert runner.main(["paged", *places]) == 0
+    assert (planted / "pages" / "paged.md").read_text() == "paged: 1 row"
+    assert (planted / "results" / "paged.json").exists()
+
+
+def test_pages_are_those_of_the_committed_results(runner: ModuleType) -> None:
+    for name in runner.scenario_names():
+        scenario, result = runner.load(name), ROOT / "benchmarks" / "results" / f"{name}.json"
+        if hasattr(scenario, "PAGE") and result.exists():
+            page = scenario.page(json.loads(result.read_text()))
+            assert (ROOT / "docs" / "reference" / scenario.PAGE).read_text() == page
+
+
 def test_the_scenarios_here_have_a_question_and_a_run(runner: ModuleType) -> None:
     for name in runner.scenario_names():
         scenario = runner.load(name)

@@ -1,8 +1,8 @@
 """The rules by which `drop-blocks` chooses, on one network: before recovery, and after a short one.
 
-Every rule removes four of the seven blocks of the demo's ResNet-20 that can go, so what is left differs in time and size
-as well: the early blocks cost time, the late ones parameters. The collapse right after removal is shown beside what is
-left after recovery, because the one predicts little of the other. Nothing is timed.
+Every rule removes four of the seven removable blocks of the demo's ResNet-20. What is left differs in time and size
+as well: the early blocks cost time, the late ones parameters. The collapse right after removal is shown beside what
+is left after recovery, because the one predicts little of the other. Nothing is timed.
 """
 
 from functools import partial

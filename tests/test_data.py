@@ -29,7 +29,7 @@ def drawn(data, size, seed):
 def test_shuffled_batches_hold_every_sample_once_and_drop_the_rest():
     data = [(torch.zeros(3), index) for index in range(103)]
     orders = [[[target for _, target in batch] for batch in drawn(data, 10, seed)] for seed in (0, 0, 1)]
-    seen = sum(orders[0], [])
+    seen = [target for batch in orders[0] for target in batch]
     assert [len(batch) for batch in orders[0]] == [10] * 10
     assert len(set(seen)) == 100
     assert seen != sorted(seen)
@@ -49,7 +49,10 @@ def test_samples_of_equal_length_are_not_read_ahead():
     assert data.read == 10
 
 
-@pytest.mark.parametrize("kind", [torch.zeros, "a".__mul__, lambda n: {"ids": np.zeros(n), "mask": [1] * n}])
+@pytest.mark.parametrize(
+    "kind",
+    [torch.zeros, "a".__mul__, lambda n: {"ids": np.zeros(n), "mask": [1] * n, "kind": torch.tensor(1), "at": 3}],
+)
 def test_samples_of_different_length_come_with_their_like(kind):
     lengths = torch.randint(1, 65, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
     data = [(kind(length), index) for index, length in enumerate(lengths)]

@@ -78,8 +78,11 @@ def shuffled_batches(data: Any, size: int, generator: torch.Generator) -> Iterat
 def _length(sample: Any) -> int:
     """Return the number of elements of a sample's inputs."""
     inputs = sample[0] if isinstance(sample, (tuple, list)) and sample else sample
-    shapes = [getattr(leaf, "shape", (len(leaf),) if hasattr(leaf, "__len__") else ()) for leaf in flatten(inputs)]
-    return sum(math.prod(shape) for shape in shapes)
+    return sum(math.prod(leaf.shape) if hasattr(leaf, "shape") else _items(leaf) for leaf in flatten(inputs))
+
+
+def _items(leaf: Any) -> int:
+    return len(leaf) if hasattr(leaf, "__len__") else 1
 
 
 def sample_digest(sample: Any) -> bytes:

@@ -90,14 +90,20 @@ def check_result(name: str, result: dict[str, Any]) -> None:
 
 
 def verdict(goal: dict[str, Any]) -> str:
-    """Return `aim`, `must` or `missed`: the most that a goal's value reaches; a value that is not there is missed."""
+    """Return the most that a goal's value reaches.
+
+    `aim` or `must`; `missed` where the value is not there or falls short of the `must`; `short` where there is no
+    `must` and it falls short of the aim; `–` where nothing was asked of it.
+    """
     sign = 1 if goal["better"] == "higher" else -1
     value = goal["value"]
     if value is None or math.isnan(value):
         return "missed"
     if goal["aim"] is not None and sign * value >= sign * goal["aim"]:
         return "aim"
-    return "must" if goal["must"] is None or sign * value >= sign * goal["must"] else "missed"
+    if goal["must"] is None:
+        return "–" if goal["aim"] is None else "short"
+    return "must" if sign * value >= sign * goal["must"] else "missed"
 
 
 def run(name: str, state: Path, results: Path, pages: Path) -> dict[str, Any]:
@@ -145,7 +151,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"{result['scenario']}: {result['question']} ({result['seconds']:.0f} s)")
     for goal in result["goals"]:
         value = "–" if goal["value"] is None else f"{goal['value']:.4g}"
-        print(f"  {verdict(goal):6}  {goal['name']}: {value} {goal['unit']} (must {goal['must']}, aim {goal['aim']})")
+        must, aim = ("–" if goal[name] is None else goal[name] for name in ("must", "aim"))
+        print(f"  {verdict(goal):6}  {goal['name']}: {value} {goal['unit']} (must {must}, aim {aim})")
 
 
 def main(arguments: list[str] | None = None) -> int:

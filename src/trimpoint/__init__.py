@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trimpoint.artifact import verify_artifact as verify
     from trimpoint.compress import compress as compress
     from trimpoint.errors import TrimpointError as TrimpointError
+    from trimpoint.graph.masks import baked as bake_masks
     from trimpoint.measure.profile import measure_model as measure
     from trimpoint.method import Method as Method
     from trimpoint.plan import Plan as Plan
@@ -51,6 +52,7 @@ _HOMES = {
     "Target": "target",
     "Task": "task",
     "TrimpointError": "errors",
+    "bake_masks": "graph.masks:baked",
     "certify": "trust.certify",
     "compress": "compress",
     "measure": "measure.profile:measure_model",
@@ -78,6 +80,7 @@ __all__ = [
     "Task",
     "TrimpointError",
     "__version__",
+    "bake_masks",
     "certify",
     "compress",
     "measure",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from trimpoint.errors import DataError, TraceError
-from trimpoint.graph import Edit, coupled_groups, find_blocks, trace
+from trimpoint.graph import Edit, find_blocks, find_groups
 from trimpoint.losses import call
 from trimpoint.method import Fact
 from trimpoint.parts import Block, Group
@@ -69,7 +69,7 @@ class Build:
                     members=tuple(replace(m, path=prefix + m.path) for m in group.members),
                     places=tuple(replace(p, path=(prefix + p.path).rstrip(".")) for p in group.places),
                 )
-                for group in coupled_groups(trace(core, inputs))
+                for group in find_groups(core, inputs)
             )
         return self.structure["groups"]  # type: ignore[no-any-return]
 
@@ -103,17 +103,6 @@ class Build:
 def type_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of a module's class and its base classes, as they are without parametrisations."""
     return tuple(kind.__name__ for kind in type_before_parametrizations(module).__mro__)
-
-
-def owner_of(path: str) -> str:
-    """Return the path of the module whose parametrisation is at `path`; any other path as it is.
-
-    Example:
-        >>> owner_of("head.parametrizations.weight.0"), owner_of("head")
-        ('head', 'head')
-    """
-    parts = path.split(".")
-    return ".".join(parts[: parts.index("parametrizations")]) if "parametrizations" in parts else path
 
 
 def own_shapes(module: nn.Module) -> tuple[tuple[int, ...], ...]:

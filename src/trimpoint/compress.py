@@ -24,7 +24,8 @@ class Compressed:
     """What a plan made of a model.
 
     Args:
-        module: a plain module in evaluation mode.
+        module: a plain module in evaluation mode. Weights that are held at zero are computed with a mask, which lasts
+            through training; `trimpoint.bake_masks` makes plain weights of them, to save or hand on.
         plan: that made it.
         changes: what each step did to each module in its scope, or why it did nothing.
         edits: of the structure, in a closed vocabulary, for rebuilding it.

@@ -1,6 +1,7 @@
 """What a method sees and may do while `compress` applies it: the one implementation of `Context`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimpoint.build import Build, describe, own_shapes, owner_of, type_names
+from trimpoint.build import Build, describe, own_shapes, type_names
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
 from trimpoint.graph import MaskEdit, bypass_, mask_, masks_of, remove_units_, replace_
-from trimpoint.graph.masks import schedule_to_data
+from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
 from trimpoint.losses import call
 from trimpoint.method import ALL_FACTS, Context, Site
 from trimpoint.parts import Block, Group, MaskSchedule
@@ -58,7 +59,9 @@ class _Context(Context):
         self._build, self._step, self._position, self._plan_seed = build, step, position, seed
         self._state, self._progress = state, progress
         self._traits, self._name = step.method.traits, step.method.name
-        self._changes: dict[str, Change] = {}
+        self._changes: dict[tuple[str, str], Change] = {}  # by origin, and the part of what stands there now
+        self._facts = dict(build.facts)  # when the step began: what it does to one part must not keep it from another
+        self._implied: set[tuple[str, str]] = set()  # parts that are skipped for the reason of another part
         self._blocks: tuple[Block, ...] | None = None
         self._originals = dict(build.original.named_modules(remove_duplicate=False))
         self.task, self.effort = build.task, effort
@@ -191,15 +194,21 @@ class _Context(Context):
         """Decide the number format of a tensor, under every path that the module has."""
         for alias in self._aliases(self.get(path)):
             self._build.formats.setdefault(alias, {})[tensor] = format
-        old = self._changes.get(self._build.origin(path))
+        old = self._changes.get(self._key(path))
         text = f"{tensor} {format.dtype} per {format.granularity}"
         after = f"{old.after}, {text}" if old is not None and old.kind == "assigned" else text
         self._change("assigned", path, describe(self.get(path)), after, "")
 
     def skip(self, path: str, reason: str) -> None:
         """Record why a module stays as it is; the first reason counts."""
-        origin = self._build.origin(path)
-        self._changes.setdefault(origin, Change(method=self._name, origin=origin, kind="skipped", reason=reason))
+        origin, part = self._key(path)
+        told = {other: change for (at, other), change in self._changes.items() if at == origin}
+        if told.keys() & {"", part} or (told and not part) or (origin, part) in self._implied:
+            return
+        if any(change.reason == reason for change in told.values()):
+            self._implied.add((origin, part))
+        else:
+            self._changes[origin, part] = Change(method=self._name, origin=origin, kind="skipped", reason=reason)
 
     @torch.no_grad()
     def calibrate(self, observe: Callable[[str, nn.Module, tuple[Any, ...], Any], None], paths: Sequence[str]) -> int:
@@ -237,15 +246,16 @@ class _Context(Context):
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
-            done = train(
-                model,
-                loss,
-                lambda epoch: (batch for _, batch in epoch_batches(task, seeds(epoch))),
-                settings,
-                state=self._state,
-                penalty=penalty,
-                progress=None if self._progress is None else lambda share, text: self.report(text, share),
-            )
+            with nullcontext() if penalty is None else penalty.around(model):
+                done = train(
+                    model,
+                    loss,
+                    lambda epoch: (batch for _, batch in epoch_batches(task, seeds(epoch))),
+                    settings,
+                    state=self._state,
+                    penalty=penalty,
+                    progress=None if self._progress is None else lambda share, text: self.report(text, share),
+                )
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(True)
@@ -268,8 +278,8 @@ class _Context(Context):
     # Inside
 
     def _change(self, kind: ChangeKind, path: str, before: str, after: str, reason: str) -> None:
-        origin = self._build.origin(path)
-        old = self._changes.get(origin)
+        origin, part = self._key(path)
+        old = self._changes.get((origin, ""))
         if kind == "resized" and old is not None and old.kind == "replaced":  # a part of what this step put there
             parts = [other for other, _ in self.module.named_modules() if self._build.origin(other) == origin]
             after = describe(self.get(min(parts, key=len)))
@@ -278,10 +288,23 @@ class _Context(Context):
                 old.before,
                 old.reason if reason in old.reason else f"{old.reason}; {reason}",
             )
-        self._changes[origin] = Change(
+            part = ""
+        elif part:
+            before = f"its `{part}`, {before}"
+            if old is not None and old.kind == "skipped":
+                del self._changes[origin, ""]
+        self._changes[origin, part] = Change(
             method=self._name, origin=origin, kind=kind, before=before, after=after, reason=reason
         )
         self._lose(path)
+
+    def _key(self, path: str) -> tuple[str, str]:
+        """Return the origin of a module, and its path below what stands in the place of that now."""
+        path = owner_of(path)
+        origin, names = self._build.origin(path), path.split(".") if path else []
+        heads = (".".join(names[:count]) for count in range(len(names) + 1))
+        whole = next(head for head in heads if self._build.origin(head) == origin)
+        return origin, path[len(whole) :].lstrip(".")
 
     def _lose(self, path: str) -> None:
         origin = self._build.origin(path)
@@ -289,7 +312,7 @@ class _Context(Context):
 
     def _missing(self, path: str) -> str:
         """Return why the required facts do not hold, empty where they do."""
-        missing = self._traits.requires & ~self._build.facts.get(self._build.origin(path), ALL_FACTS)
+        missing = self._traits.requires & ~self._facts.get(self._build.origin(path), ALL_FACTS)
         names = ", ".join(fact.name.lower() for fact in missing if fact.name)
         return f"{self._name} needs what no longer holds here: {names}" if missing else ""
 
@@ -302,7 +325,10 @@ class _Context(Context):
         return self._step.where.matches(origin, names if before is None else (*names, *type_names(before)))
 
     def _admits(self, group: Group) -> bool:
-        """Return whether a group may be changed; record why not for its producing modules in scope."""
+        """Return whether a group may be changed; record why not for its producing modules in scope.
+
+        What acts on the whole model leaves none alone: it is asked for groups to know them.
+        """
         outs = list(dict.fromkeys(m.path for m in group.members if m.role == "out")) or [group.members[0].path]
         inside = [path for path in outs if self._in_scope(path, self.get(path))]
         if not inside:
@@ -311,7 +337,7 @@ class _Context(Context):
         lacking = next((why for m in group.members if (why := self._missing(m.path))), "")
         coupled = f"its channels are coupled with `{outside}`, which is out of scope" if outside else ""
         reason = group.reason or coupled or lacking
-        for path in inside if reason else ():
+        for path in inside if reason and self._traits.acts_on != "model" else ():
             self.skip(path, reason)
         return not reason
 
@@ -325,7 +351,10 @@ class _Context(Context):
                 continue
             if acts_on == "modules" and set(self._traits.targets) & set(type_names(module)):
                 yield path, f"left as it is by {self._name}"
-            if acts_on == "groups" and any(p.ndim > 1 for p in module.parameters(recurse=False)):
+            owner = owner_of(path)
+            if acts_on == "groups" and owner != path and masks_of(self.get(owner)):
+                yield owner, MASKED.format(owner)
+            elif acts_on == "groups" and any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 yield path, "no removable group begins here"
         if not self._changes:
             yield "", f"nothing in scope that {self._name} acts on"

@@ -320,13 +320,15 @@ class Method(ABC):
                 return tuple(cls(**{field.name: value}) for value in field.metadata["search"])
         return (cls(),)
 
-    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
-        """Return what is left of the work of modules, before anything is done: path → share in [0, 1].
+    def forecast(self, model: "nn.Module", blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
+        """Return what is left of the parameters of modules, before anything is done: path → share in [0, 1].
 
-        A path also stands for everything below it; modules that are not named keep all of their work. It serves only
-        to rank what is tried first.
+        A path also stands for everything below it; modules that are not named keep all of theirs, and so do those of
+        which it cannot be told without the data. The search takes what is left of a module's time to be the same; it
+        serves only to rank what is tried first.
 
         Args:
+            model: unmodified.
             blocks: of the unmodified model that can be bypassed.
             groups: of the unmodified model that can be cut.
         """

@@ -86,6 +86,27 @@ def test_verdict(runner: ModuleType, better: str, value: float | None, expected:
     assert runner.verdict(GOAL | {"better": better, "value": value, "must": must, "aim": aim}) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "aim", "expected"), [(5.0, 5.0, "aim"), (4.9, 5.0, "short"), (4.9, None, "–"), (None, 5.0, "missed")]
+)
+def test_a_goal_without_a_must(runner: ModuleType, value: float | None, aim: float | None, expected: str) -> None:
+    assert runner.verdict(GOAL | {"value": value, "must": None, "aim": aim}) == expected
+
+
+def test_what_is_short_of_its_aim_alone_is_shown_and_is_no_failure(
+    runner: ModuleType, planted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = GOAL | {"must": None}
+    (planted / "scenarios" / "counting.py").write_text(
+        'QUESTION = "does it count?"\n\n'
+        f'def run(resume_dir):\n    return {{"rows": [{{"system": "it"}}], "goals": [{short!r}]}}\n'
+    )
+    assert runner.main(["counting", "--state", str(planted / "state"), "--results", str(planted / "results")]) == 0
+    shown = capsys.readouterr()
+    assert "short   speed: 4 × (must –, aim 5.0)" in shown.out
+    assert "0 goals missed" in shown.err
+
+
 def test_a_result_that_is_none_names_every_problem(runner: ModuleType) -> None:
     with pytest.raises(DataError) as caught:
         runner.check_result("x", {"rows": [{"latency_ms": 1}], "goals": [{"name": "a"}, GOAL | {"better": "more"}]})

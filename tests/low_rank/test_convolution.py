@@ -1,7 +1,5 @@
 """Decompositions of kernels: exact at full rank, bounded and optimal below it."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -27,9 +25,8 @@ def weighted(difference, metric):
     return float((matrix @ metric @ matrix.T).trace().clamp_min(0).sqrt())
 
 
-@pytest.mark.parametrize("sweeps", [0, 2])
-def test_tucker_is_exact_at_full_rank(kernel, sweeps):
-    assert torch.allclose(tucker2(kernel, 6, 8, sweeps).kernel(), kernel, atol=1e-12)
+def test_tucker_is_exact_at_full_rank(kernel):
+    assert torch.allclose(tucker2(kernel, 6, 8).kernel(), kernel, atol=1e-12)
     assert torch.allclose(tucker2(kernel, 6, 8, metric=metric_of(kernel)).kernel(), kernel, atol=1e-9)
 
 
@@ -45,14 +42,13 @@ def test_tucker_is_exact_at_the_rank_that_was_planted():
 
 
 @pytest.mark.parametrize(("rank_in", "rank_out"), [(3, 4), (1, 2), (6, 3), (2, 8)])
-def test_the_error_is_within_its_bounds_and_sweeps_lower_it(kernel, rank_in, rank_out):
+def test_the_error_is_within_its_bounds(kernel, rank_in, rank_out):
     tails = [
         float(torch.linalg.svdvals(unfolded(kernel, dim))[rank:].norm()) for dim, rank in ((1, rank_in), (0, rank_out))
     ]
-    errors = [float((kernel - tucker2(kernel, rank_in, rank_out, sweeps).kernel()).norm()) for sweeps in (0, 1, 3, 10)]
-    assert max(tails) <= errors[0] * (1 + 1e-9)
-    assert errors[0] ** 2 <= tails[0] ** 2 + tails[1] ** 2 + 1e-9
-    assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(errors))
+    error = float((kernel - tucker2(kernel, rank_in, rank_out).kernel()).norm())
+    assert max(tails) <= error * (1 + 1e-9)
+    assert error**2 <= tails[0] ** 2 + tails[1] ** 2 + 1e-9
 
 
 def test_no_more_channels_are_made_than_there_is_use_for():
@@ -69,7 +65,7 @@ def test_one_sided_tucker_with_a_metric_is_the_closed_form(kernel):
     assert weighted(kernel - found, metric) == pytest.approx(tail, rel=1e-4)
 
 
-@pytest.mark.parametrize("make", [lambda k, m: tucker2(k, 3, 4, 3, m), lambda k, m: spatial(k, 5, m)])
+@pytest.mark.parametrize("make", [lambda k, m: tucker2(k, 3, 4, m), lambda k, m: spatial(k, 5, m)])
 @pytest.mark.parametrize("singular", [False, True])
 def test_a_metric_lowers_the_error_of_the_outputs(kernel, make, singular):
     metric = metric_of(kernel, singular)

@@ -188,7 +188,7 @@ def test_bfloat16_and_the_same_bytes_again(tmp_path):
     assert torch.equal(rebuild(tmp_path, make)(x), one.module(x))
 
 
-@pytest.mark.parametrize("wrong", [{"form": "cp"}, {"sweeps": -1}, {"weighting": "fisher"}, {"rank_ratio": 1.5}])
+@pytest.mark.parametrize("wrong", [{"form": "cp"}, {"round_to": 0}, {"weighting": "fisher"}, {"rank_ratio": 1.5}])
 def test_parameters_out_of_range(wrong):
     with pytest.raises(InvalidParameterError, match=next(iter(wrong))):
         FactorizeConv(**wrong)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from trimpoint.compress import compress
@@ -68,6 +69,32 @@ def test_rows_that_are_read_are_kept_best(task):
     }
     assert errors["frequency"][:10].mean() < 0.7 * errors["none"][:10].mean()
     assert errors["frequency"][10:].max() < 1.5 * model.words.weight.norm(dim=1).max()
+
+
+class Masked(Reader):
+    """Tokens and where they are, both `[batch, length]`, to numbers `[batch, 16]`."""
+
+    def forward(self, input_ids, attention_mask):
+        return (self.words(input_ids) * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)
+
+
+def masked_task(width):
+    """Return sentences of 3 to 5 tokens, padded by zeros to `width`; or, for 5, the same tokens without padding."""
+    ids = torch.randint(1, 10, (30, 5), generator=torch.Generator().manual_seed(0))
+    rows = [ids[index, : 3 + index % 3] for index in range(30)]
+    rows = list(torch.cat(rows).split(5)) if width == 5 else [F.pad(row, (0, width - len(row))) for row in rows]
+    return Task(
+        calibrate=[({"input_ids": row, "attention_mask": (row != 0).long()}, 0.0) for row in rows], batch_size=8
+    )
+
+
+def test_padding_does_not_count():
+    torch.manual_seed(0)
+    model = Masked().eval()
+    padded, plain = (apply(FactorizeEmbedding(), model, masked_task(width)) for width in (12, 5))
+    assert torch.equal(table(padded), table(plain))
+    (change,) = padded.changes
+    assert "9 of 60 rows are read" in change.reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -13,7 +13,6 @@ from trimpoint.graph import LowRank, rebuild, save_structure
 from trimpoint.low_rank import observed
 from trimpoint.method import Fact
 from trimpoint.methods.factorize_linear import FactorizeLinear
-from trimpoint.parts import Group, Member
 from trimpoint.plan import Plan
 from trimpoint.task import Task, squared_error
 
@@ -283,15 +282,16 @@ def test_the_result_is_saved_and_made_again(model, task, tmp_path):
 
 
 def test_the_forecast_is_the_share_of_parameters():
-    members = tuple(
-        Member(path=path, parameter=name, dim=0, indices=((0,),), role=role)
-        for path, name, role in (("a", "weight", "out"), ("a", "bias", "out"), ("n", "weight", "through"))
-    )
-    groups = [Group(members=members, size=1)]
-    assert FactorizeLinear(rank_ratio=0.3).forecast((), groups) == {"a": 0.3}
-    assert FactorizeLinear(rank_ratio=1.0).forecast((), groups) == {}
-    assert FactorizeLinear(rank="energy").forecast((), groups) == {}
-    assert [method.rank_ratio for method in FactorizeLinear.variants((), groups)] == [0.75, 0.5, 0.35]
+    model = nn.ModuleDict({"a": nn.Linear(8, 24), "c": nn.Conv1d(8, 8, 1), "m": nn.MultiheadAttention(8, 2)})
+    model["tied"] = nn.Linear(8, 24)
+    model["also"] = nn.Linear(8, 24)
+    model["also"].weight = model["tied"].weight
+    # Of 192 weights at most 0.3 may stay, which is rank 1 of 32 numbers; the bias of 24 stays as well.
+    assert FactorizeLinear(rank_ratio=0.3).forecast(model, (), ()) == {"a": pytest.approx((32 + 24) / (192 + 24))}
+    assert FactorizeLinear(rank_ratio=0.3, round_to=16).forecast(model, (), ()) == {}
+    assert FactorizeLinear(rank_ratio=1.0).forecast(model, (), ()) == {}
+    assert FactorizeLinear(rank="energy").forecast(model, (), ()) == {}
+    assert [method.rank_ratio for method in FactorizeLinear.variants((), ())] == [0.75, 0.5, 0.35]
 
 
 @pytest.mark.parametrize(

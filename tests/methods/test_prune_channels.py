@@ -19,7 +19,7 @@ from trimpoint.graph import coupled_groups, trace
 from trimpoint.importance import NAMES
 from trimpoint.method import Fact
 from trimpoint.methods.finetune import Finetune
-from trimpoint.methods.prune_channels import PruneChannels, aligned, structure
+from trimpoint.methods.prune_channels import PruneChannels, structure
 from trimpoint.parts import Group, Member
 from trimpoint.plan import Plan, Step
 from trimpoint.task import Task, cross_entropy
@@ -111,7 +111,7 @@ def test_taylor_without_its_data(model, task, missing):
     ],
 )
 def test_aligned_widths(size, channels, wanted, round_to, kept):
-    assert aligned(make_group(size, channels), wanted, round_to) == kept
+    assert PruneChannels(round_to=round_to).rounded([make_group(size, channels)], wanted) == kept
 
 
 def test_narrow_groups_and_outputs_are_told(model, task):

@@ -281,10 +281,10 @@ def test_bfloat16_heads_go_too(encoder, task):
 
 def test_forecast_names_the_projections(encoder, task):
     groups = Build(module=encoder, given=encoder, task=task).groups()
-    shares = PruneHeads(ratio=0.5).forecast((), groups)
-    assert shares["layers.0.self_attn"] == 0.5
+    shares = PruneHeads(ratio=0.5).forecast(encoder, (), groups)
+    assert shares["layers.0.self_attn"] == 0.5  # and of its output projection as well
     assert "layers.0.linear1" not in shares
-    assert PruneHeads(ratio=0.1).forecast((), groups) == {}
+    assert PruneHeads(ratio=0.1).forecast(encoder, (), groups) == {}
 
 
 @pytest.mark.parametrize("wrong", [{"ratio": 1.0}, {"ratio": -0.1}, {"scope": "both"}, {"importance": "confidence"}])

@@ -69,6 +69,18 @@ def test_removing_faded_units_costs_less(model, digits, task):
     assert 0 < rise["sparse-train"] < 0.7 * rise["finetune"]
 
 
+def test_units_whose_gates_close_go_for_nothing(model, digits, task):
+    """Digits: what is zero after training with gates is what `prune-channels` takes first."""
+    trained = run(model, SparseTrain(epochs=8.0, penalty="gates", strength=0.1), task).module
+    closed = int((trained.conv2.weight.flatten(1).abs().sum(1) == 0).sum())
+    assert closed >= 4
+    pruned = run(trained, PruneChannels(ratio=closed / 32, round_to=1), task, where="conv2").module
+    assert pruned.conv2.out_channels == 32 - closed
+    with torch.no_grad():
+        assert torch.allclose(pruned(digits[0]), trained(digits[0]), atol=1e-5)
+    assert type(trained.head) is nn.Linear
+
+
 def test_units_spread_and_the_change_is_told(model, task):
     before = unit_norms(model)
     compressed = run(model, SparseTrain(epochs=3.0, strength=3e-3), task)
@@ -77,6 +89,14 @@ def test_units_spread_and_the_change_is_told(model, task):
     [change] = [change for change in compressed.changes if change.kind == "trained"]
     assert "90 steps of sgd" in change.after
     assert torch.equal(unit_norms(model), before)
+
+
+@pytest.mark.parametrize("penalty", ["groups", "scales"])
+def test_what_is_trained_is_not_told_as_skipped(model, task, penalty):
+    """The channels of the head cannot be removed; they are trained all the same."""
+    compressed = run(model, SparseTrain(epochs=1.0, penalty=penalty), task)
+    assert [(change.kind, change.origin) for change in compressed.changes] == [("trained", "")]
+    assert not torch.equal(compressed.module.head.weight, model.head.weight)
 
 
 @torch.no_grad()

@@ -1,9 +1,18 @@
+import linecache
+import sys
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from trimpoint import Task
-from trimpoint.search.fingerprint import code_digest, combined, model_digest, parts
+from trimpoint.errors import UnknownNameError
+from trimpoint.methods.prune_channels import PruneChannels
+from trimpoint.score import Accuracy
+from trimpoint.search import fingerprint
+from trimpoint.search.fingerprint import code_digest, combined, method_code, model_digest, parts
 from trimpoint.target import Target
 
 
@@ -77,3 +86,46 @@ def test_code_counts_and_its_layout_does_not(tmp_path, monkeypatch):
         digests.append(code_digest(module.Net(), task()))
     assert digests[0] == digests[2]
     assert digests[0] != digests[1]
+
+
+def write(directory, name, text, monkeypatch):
+    """Make a module that can be imported, and forget what was imported by that name."""
+    import importlib
+
+    monkeypatch.syspath_prepend(directory)
+    (directory / f"{name}.py").write_text(text)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    importlib.invalidate_caches()
+    linecache.clearcache()
+
+
+def test_the_code_of_a_criterion_of_ones_own_counts(tmp_path, monkeypatch):
+    text = (
+        "def rule(group, evidence):\n    return evidence.weights(group){}\n\nclass Rule:\n    pass\n\nmade = Rule()\n"
+    )
+    found = []
+    for end in ("", "  # a comment", " * 2"):
+        write(tmp_path, "tp_rule", text.format(end), monkeypatch)
+        methods = [PruneChannels(importance="tp_rule:rule")]
+        found.append(parts(network(), task(), Target(), {}, methods))
+    assert found[0] == found[1]
+    assert differing(found[0], found[2]) == {"code of `tp_rule:rule`"}
+    assert method_code([PruneChannels(importance="tp_rule:made")]).keys() == {"code of `tp_rule:made`"}
+    assert method_code([PruneChannels()]) == {}
+    with pytest.raises(UnknownNameError, match="ruled"):
+        method_code([PruneChannels(importance="tp_rule:ruled")])
+
+
+def test_methods_of_other_packages_and_scores_of_ones_own_count(monkeypatch):
+    class Louder(PruneChannels):
+        pass
+
+    class Half(Accuracy):
+        pass
+
+    monkeypatch.setattr(fingerprint, "all_methods", lambda: {"prune-channels": PruneChannels, "louder": Louder})
+    assert set(method_code(())) == {"code of `louder`"}
+    monkeypatch.setattr(Louder, "traits", replace(Louder.traits, status="experimental"))
+    assert set(method_code(())) == set()
+    assert set(method_code([Louder()])) == {"code of `louder`"}
+    assert code_digest(network(), task(score=Half())) != code_digest(network(), task(score=Accuracy()))

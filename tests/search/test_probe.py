@@ -1,4 +1,5 @@
 import pytest
+from torch import nn
 
 from trimpoint.method import Fact
 from trimpoint.methods.drop_blocks import DropBlocks
@@ -20,6 +21,7 @@ class Machine:
     def __init__(self, exponent=1.0, quantised=0.5, smaller=0.5, blocks=BLOCKS):
         self.exponent, self.quantised, self.smaller = exponent, quantised, smaller
         self.found, self.leaves, self.asked = blocks, LEAVES, []
+        self.model = nn.Identity()
 
     def blocks(self):
         return self.found

@@ -29,6 +29,7 @@ from trimpoint.search.space import (
 )
 from trimpoint.task import Task, cross_entropy
 
+MODEL = nn.ModuleDict({"stages": nn.ModuleList([nn.ModuleDict({"conv": nn.Conv2d(1, 16, 1)})])})
 BLOCKS = tuple(Block(path=f"stages.{i}", shape=(1, 8), params=100, family="a") for i in range(4))
 OUT = Member(path="stages.0.conv", parameter="weight", dim=0, indices=tuple((i,) for i in range(16)), role="out")
 GROUPS = (Group(members=(OUT,), size=16),)
@@ -70,8 +71,8 @@ def test_methods_that_are_not_allowed_are_left_out_with_the_reason_given():
 
 
 def test_every_combination_of_the_methods_variants_is_there_the_unmodified_first():
-    found = structures([DropBlocks, PruneChannels], BLOCKS, GROUPS, LEAVES)
-    menus = [len(proposals(kind, BLOCKS, GROUPS)) for kind in (DropBlocks, PruneChannels)]
+    found = structures([DropBlocks, PruneChannels], MODEL, BLOCKS, GROUPS, LEAVES)
+    menus = [len(proposals(kind, MODEL, BLOCKS, GROUPS)) for kind in (DropBlocks, PruneChannels)]
     assert len(found) == (menus[0] + 1) * (menus[1] + 1)
     assert found[0].steps == ()
     assert found[0].damage == 0
@@ -82,7 +83,7 @@ def test_a_long_menu_is_thinned_and_keeps_its_mildest_choice():
     many = tuple(Block(path=f"{family}.{i}", shape=(1,), params=1, family=family) for family in "abc" for i in range(5))
     kinds = [DropBlocks] * 2
     assert len(DropBlocks.variants(many, ())) ** 2 > MOST_STRUCTURES
-    found = structures(kinds, many, (), {block.path: 1 for block in many})
+    found = structures(kinds, MODEL, many, (), {block.path: 1 for block in many})
     assert len(found) <= MOST_STRUCTURES
     fewest = min(len(s.steps[0].method.blocks) for s in found if len(s.steps) == 1)
     assert fewest == 1
@@ -90,12 +91,12 @@ def test_a_long_menu_is_thinned_and_keeps_its_mildest_choice():
 
 def test_steps_carry_what_may_be_changed():
     where = Glob("stages.*")
-    found = structures([DropBlocks], BLOCKS, GROUPS, LEAVES, where)
+    found = structures([DropBlocks], MODEL, BLOCKS, GROUPS, LEAVES, where)
     assert all(step.where == where for structure in found for step in structure.steps)
 
 
 def test_damage_counts_a_layer_by_the_fourth_root_of_its_parameters():
-    found = {s.steps: s for s in structures([DropBlocks], BLOCKS, GROUPS, LEAVES)}
+    found = {s.steps: s for s in structures([DropBlocks], MODEL, BLOCKS, GROUPS, LEAVES)}
     all_gone = next(s for s in found.values() if s.steps and len(s.steps[0].method.blocks) == 4)
     # 81 ** 0.25 = 3 for each of four, 16 ** 0.25 = 2 for stem and head.
     assert all_gone.damage == pytest.approx(12 / 16)
@@ -142,7 +143,7 @@ def test_few_candidates_are_all_taken():
 def test_the_ladder_does_not_remove_one_kind_of_layer_only():
     leaves = {**{f"a.{i}": 100 for i in range(4)}, **{f"b.{i}": 10_000 for i in range(4)}}
     blocks = [Block(path=path, shape=(1,), params=1, family=path[0]) for path in leaves]
-    every = structures([DropBlocks], blocks, (), leaves)
+    every = structures([DropBlocks], MODEL, blocks, (), leaves)
     # Removing from `b` always looks a little better; in the band, the other kind must have its turn.
     weigh = {s.steps: s.damage + 0.05 * work_by_kind(s, leaves)[1] for s in every}
     forecasts = [replace(s, gains={"latency_ms": 1 - weigh[s.steps]}) for s in every]
@@ -153,7 +154,7 @@ def test_the_ladder_does_not_remove_one_kind_of_layer_only():
 
 
 def test_work_by_kind_adds_up_to_the_damage():
-    for structure in structures([DropBlocks], BLOCKS, GROUPS, LEAVES):
+    for structure in structures([DropBlocks], MODEL, BLOCKS, GROUPS, LEAVES):
         assert work_by_kind(structure, LEAVES).sum() == pytest.approx(structure.damage)
 
 
@@ -172,8 +173,8 @@ def test_one_place_goes_to_the_middle():
 def test_variants_that_would_change_nothing_are_not_proposed():
     # A quarter less of 16 channels is 16 again at multiples of 8.
     assert next(method.ratio for method in PruneChannels.variants(BLOCKS, GROUPS)) == 0.25
-    assert [method.ratio for method in proposals(PruneChannels, BLOCKS, GROUPS)] == [0.5, 0.75]
-    assert proposals(PruneChannels, BLOCKS, ()) == []
+    assert [method.ratio for method in proposals(PruneChannels, MODEL, BLOCKS, GROUPS)] == [0.5, 0.75]
+    assert proposals(PruneChannels, MODEL, BLOCKS, ()) == []
 
 
 def test_structures_that_are_forecast_to_break_a_limit_are_not_tried():

@@ -1,11 +1,13 @@
 import pytest
 import torch
+from torch import nn
 
 from trimpoint.errors import UnknownNameError
 from trimpoint.task import call
 from trimpoint.testing import ZooEntry, zoo
 from trimpoint.testing.applied import differences, inputs_of, snapshot, tensor_bytes, world
 from trimpoint.testing.zoo import FEATURES
+from trimpoint.testing.zoo_models import shuffle_channels
 
 ENTRIES = list(zoo().values())
 every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=str)
@@ -94,3 +96,20 @@ def test_snapshot_sees_values_flags_hooks_and_attributes() -> None:
         "head.weight requires_grad",
         "stem_norm.running_mean value",
     ]
+
+
+def test_channels_are_dealt_out() -> None:
+    channels = torch.arange(6.0).view(1, 6, 1)
+    assert shuffle_channels(channels, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5]
+    shuffle = nn.ChannelShuffle(3)
+    image = torch.randn(2, 6, 4, 4)
+    assert torch.equal(shuffle_channels(image, 3), shuffle(image))
+
+
+def test_tied_transformer_reads_no_later_token() -> None:
+    model, task = zoo()["tied_transformer"].make()
+    assert model.decoder.weight is model.tokens.weight
+    tokens = inputs_of(task).clone()
+    before = call(model, tokens)
+    tokens[:, 4] = (tokens[:, 4] + 1) % 32
+    torch.testing.assert_close(call(model, tokens)[:, :4], before[:, :4])

@@ -114,10 +114,13 @@ def with_settings(plan: "Plan", settings: list[tuple[str, str, Any]]) -> "Plan":
     return Plan.from_data(data)
 
 
-def add_format(parser: argparse.ArgumentParser) -> None:
-    """Add `--format`."""
+def add_format(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Add `--format`: `table`, `json` and what the verb knows beside these."""
     parser.add_argument(
-        "--format", choices=("table", "json"), default="table", help="how the result is written (default: table)"
+        "--format",
+        choices=("table", "json", *more),
+        default="table",
+        help="how the result is written (default: table)",
     )
 
 

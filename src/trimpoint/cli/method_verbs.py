@@ -23,7 +23,7 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         description="List the compression methods, or show the reference page of one.",
     )
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method, such as drop-blocks")
-    add_format(methods)
+    add_format(methods, "markdown")
     methods.set_defaults(run=run_methods)
 
     plan = verbs.add_parser(
@@ -49,24 +49,28 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
 def run_methods(args: argparse.Namespace) -> int:
     """List all methods, or show one."""
     from trimpoint.method import all_methods
-    from trimpoint.report.method_page import method_data, method_text, methods_table, parameter_table
+    from trimpoint.report import method_page as page
 
     known = all_methods()
     if args.name is None:
         if args.format == "json":
-            write_json([method_data(kind) for kind in known.values()])
+            write_json([page.method_data(kind) for kind in known.values()])
+        elif args.format == "markdown":
+            sys.stdout.write(page.reference_page(known))
         else:
-            write_table(methods_table(known))
+            write_table(page.methods_table(known))
         return DONE
     if args.name not in known:
         raise UnknownNameError(f"There is no method {args.name!r}.", suggest(args.name, list(known)))
-    data = method_data(known[args.name])
+    data = page.method_data(known[args.name])
     if args.format == "json":
         write_json(data)
-        return DONE
-    sys.stdout.write(method_text(data) + "\n")
-    if data["parameters"]:
-        write_table(parameter_table(data))
+    elif args.format == "markdown":
+        sys.stdout.write(page.method_markdown(data))
+    else:
+        sys.stdout.write(page.method_text(data) + "\n")
+        if data["parameters"]:
+            write_table(page.parameter_table(data))
     return DONE
 
 

@@ -3,6 +3,7 @@
 from trimpoint.graph.blocks import find_blocks
 from trimpoint.graph.edits import MaskEdit
 from trimpoint.graph.groups import coupled_groups
+from trimpoint.graph.hidden_heads import find_groups
 from trimpoint.graph.layers import LowRank
 from trimpoint.graph.masks import Mask, ScheduledMask, bake_masks_, baked, mask_, masks_of, why_not_maskable
 from trimpoint.graph.pruned_attention import PrunedAttention, pruned_attention, why_unprunable
@@ -44,6 +45,7 @@ __all__ = [
     "edits_from_data",
     "edits_to_data",
     "find_blocks",
+    "find_groups",
     "mask_",
     "masks_of",
     "pruned_attention",

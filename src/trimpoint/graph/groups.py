@@ -6,6 +6,7 @@ modules.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -59,7 +60,7 @@ def coupled_groups(trace: Trace) -> tuple[Group, ...]:
         for group, labels in zip(groups, families.values(), strict=True)
     ]
     groups = kept_alike(atoms, classes, groups, list(families.values()))
-    return _named([group for group in groups if any(member.role == "out" for member in group.members)])
+    return named([group for group in groups if any(member.role == "out" for member in group.members)])
 
 
 def _solved(trace: Trace, heads: Tensor | None) -> tuple[Propagation, np.ndarray, dict[int, str]]:
@@ -118,12 +119,12 @@ def _group(
     return Group(members=members, size=len(units), reason=reason or (_ONE if len(units) == 1 else ""), kind=kind)
 
 
-def _named(groups: list[Group]) -> tuple[Group, ...]:
+def named(groups: Sequence[Group]) -> tuple[Group, ...]:
     """Tell groups of one producer apart: the second one of `path` is `path#2`."""
     seen: dict[str, int] = defaultdict(int)
-    named = []
+    result = []
     for group in groups:
         seen[group.name] += 1
         count = seen[group.name]
-        named.append(group if count == 1 else replace(group, label=f"{group.name}#{count}"))
-    return tuple(named)
+        result.append(group if count == 1 else replace(group, label=f"{group.name}#{count}"))
+    return tuple(result)

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from trimpoint.errors import SurgeryError
 from trimpoint.graph.pruned_attention import PrunedAttention
@@ -203,17 +204,18 @@ def layer_to_data(module: nn.Module) -> dict[str, Any]:
         >>> layer_to_data(nn.Linear(8, 4, bias=False))
         {'layer': 'linear', 'in_features': 8, 'out_features': 4, 'bias': False}
     """
-    if type(module) is LowRank:
-        return {"layer": _LOW_RANK, "parts": [layer_to_data(part) for part in module]}
+    own = type_before_parametrizations(module)
+    if own is LowRank:
+        return {"layer": _LOW_RANK, "parts": [layer_to_data(part) for part in cast(LowRank, module)]}
     for name, kind in _KINDS.items():
-        if type(module) is kind.type:
+        if own is kind.type:
             values = {key: getattr(module, key) for key in kind.arguments}
             if "bias" in values:
                 values["bias"] = values["bias"] is not None
             plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
             return {"layer": name, **plain}
     raise SurgeryError(
-        f"A {type(module).__name__} cannot stand in the place of a layer.",
+        f"A {own.__name__} cannot stand in the place of a layer.",
         f"take one of {', '.join(kind.type.__name__ for kind in _KINDS.values())}, or a LowRank of them",
     )
 

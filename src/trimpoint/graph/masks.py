@@ -22,6 +22,10 @@ UPDATES = 100
 """Times that a scheduled mask is ranked anew, at most: ranking a large layer takes as long as a training step."""
 
 
+MASKED = "a mask holds weights of `{}` at zero (`trimpoint.bake_masks` makes plain weights of them)"
+"""Why what needs plain weights leaves a module alone, by the module's path."""
+
+
 class Mask(nn.Module):
     """Hold the weights that are not kept at zero.
 
@@ -153,6 +157,17 @@ def masks_of(module: nn.Module) -> dict[str, Mask]:
     return {name: part for name, chain in lists for part in cast(nn.ModuleList, chain) if isinstance(part, Mask)}
 
 
+def owner_of(path: str) -> str:
+    """Return the path of the module whose parametrisation is at `path`; any other path as it is.
+
+    Example:
+        >>> owner_of("head.parametrizations.weight.0"), owner_of("head")
+        ('head', 'head')
+    """
+    parts = path.split(".")
+    return ".".join(parts[: parts.index("parametrizations")]) if "parametrizations" in parts else path
+
+
 def why_not_maskable(module: nn.Module, parameter: str) -> str:
     """Return why a tensor of a module cannot be masked, or `""`."""
     masks = masks_of(module)
@@ -197,14 +212,27 @@ def mask_(
     if values is not None:
         weight.data.copy_(values)
     own = keep.clone(memory_format=torch.contiguous_format)
-    mask = (Mask(own) if schedule is None else ScheduledMask(own, schedule)).eval()
-    if schedule is None:
-        weight.data.masked_fill_(~keep, 0.0)
-    if old is None:
+    put_mask_(module, parameter, Mask(own) if schedule is None else ScheduledMask(own, schedule))
+
+
+def put_mask_(module: nn.Module, parameter: str, mask: Mask) -> None:
+    """Put a mask on a parameter of a module, in place, whatever state it is in; one that it had gives way.
+
+    Args:
+        module: that has the parameter, see `why_not_maskable`.
+        parameter: its name.
+        mask: of its shape.
+    """
+    masked = parameter in masks_of(module)
+    weight = cast(Tensor, _chain(module, parameter).original if masked else module._parameters[parameter])
+    mask.eval()
+    if not isinstance(mask, ScheduledMask):
+        weight.data.masked_fill_(~mask.keep, 0.0)
+    if masked:
+        _chain(module, parameter)[0] = mask
+    else:
         with torch.no_grad():  # it is called once to be checked, which is no training step
             parametrize.register_parametrization(module, parameter, mask)
-    else:
-        _chain(module, parameter)[0] = mask
     cast(nn.Module, module.parametrizations).train(module.training)
 
 
@@ -241,7 +269,22 @@ def end_schedules_(module: nn.Module) -> None:
 
 
 def baked(module: nn.Module) -> nn.Module:
-    """Return a copy of a module with its masks baked in, or the module itself where it has none."""
+    """Return a copy of a module in which masks have become plain weights with zeros among them.
+
+    Its classes, the names in its `state_dict` and what it computes in evaluation mode are those of a module that was
+    never masked, so it can be saved, copied and handed on without trimpoint. The zeros do not survive more training.
+
+    Args:
+        module: any; it stays as it is, and is itself returned where it has no masks.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> mask_(layer, "weight", torch.eye(2, dtype=torch.bool))
+        >>> list(layer.state_dict())
+        ['bias', 'parametrizations.weight.original', 'parametrizations.weight.0.keep']
+        >>> list(baked(layer).state_dict())
+        ['weight', 'bias']
+    """
     if not any(masks_of(part) for part in module.modules()):
         return module
     copied = copy.deepcopy(module)

@@ -258,7 +258,7 @@ def _nothing(p: Propagation, node: Node) -> Any:  # noqa: ARG001
 def _linear(p: Propagation, node: Node) -> Any:
     weight = p.parameter(node.args[1])
     if weight is None or len(weight.shape) != 2:
-        return p.unknown(node, "the weight of a linear layer is computed, not a parameter")
+        return p.unknown(node, p.computed(node.args[1], "linear layer"))
     return _product(p, node, cast(Node, node.args[0]), weight, 1, 0, argument(node, "bias"))
 
 
@@ -320,7 +320,7 @@ def _embedding(p: Propagation, node: Node) -> Any:
 def _convolution(p: Propagation, node: Node) -> Any:
     weight = p.parameter(node.args[1])
     if weight is None:
-        return p.unknown(node, "the weight of a convolution is computed, not a parameter")
+        return p.unknown(node, p.computed(node.args[1], "convolution"))
     ids, groups = p.ids(node.args[0]), argument(node, "groups")
     channel = ids.dim() - len(weight.shape) + 1
     ids = ids.movedim(channel, 0).flatten(1) if ids.dim() > 1 else ids.unsqueeze(1)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from trimpoint.graph.atoms import Atoms, Owner, compact, first_of, spread, ties, varies
+from trimpoint.graph.masks import MASKED, masks_of, owner_of
 from trimpoint.graph.trace import Trace
 
 SHARED = "shared by all heads of attention"
@@ -148,6 +149,14 @@ class Propagation:
         for value in node.all_input_nodes:
             self.keep(value, reason or f"read by the operator {node.target}, through which channels are not followed")
         return self.none_of(node)
+
+    def computed(self, weight: Any, kind: str) -> str:
+        """Say why what reads a weight that is no parameter is kept: a mask, or whatever computes it."""
+        path = self.trace.modules.get(weight.name, "") if isinstance(weight, Node) else ""
+        owner = owner_of(path)
+        if owner != path and masks_of(self.trace.module.get_submodule(owner)):
+            return f"{MASKED.format(owner)}, with which channels cannot go"
+        return f"the weight of a {kind} is computed, not a parameter"
 
     def elementwise(self, node: Node, inputs: Sequence[Node]) -> Tensor:
         """Couple what meets at each position of the result of a broadcasting operator."""

@@ -124,4 +124,9 @@ def _mismatches(own: Mapping[str, Any], state: Mapping[str, Tensor], tied: Mappi
         for name, other in tied.items()
         if name in own and other in own and own[name] is not own[other]
     ]
+    first: dict[int, str] = {}
+    for name in own:
+        other = first.setdefault(id(own[name]), name)
+        if tied.get(name, name) != tied.get(other, other):
+            problems.append(f"{name}: not tied to {other} when it was saved")
     return [f"{number}. {problem}" for number, problem in enumerate(problems, 1)]

@@ -23,7 +23,7 @@ from trimpoint.graph.edits import (
     returned_structure,
 )
 from trimpoint.graph.head_sizes import head_sizes, says_heads
-from trimpoint.graph.layers import layer_to_data
+from trimpoint.graph.replacement import replace_
 from trimpoint.graph.running import check_shapes, compare, evaluating, in_double, run
 from trimpoint.parts import Group
 
@@ -90,48 +90,6 @@ def bypass_(module: nn.Module, path: str, inputs: Any) -> list[Edit]:
             raise SurgeryError(f"Without the block `{path}` {reason}")
     bypass.train(block.training)
     return [BypassEdit(path, recorded[0])]
-
-
-def replace_(module: nn.Module, path: str, layer: nn.Module, inputs: Any) -> tuple[nn.Module, list[Edit]]:
-    """Put `layer` wherever the module at `path` is used, in place, and check that the model runs and calls it.
-
-    Args:
-        module: the model.
-        path: of the module; the model itself is `""`.
-        layer: of the vocabulary of `trimpoint.graph.layers`, or of the same class and sizes as the module.
-        inputs: a batch to run the model on; `None` for no check.
-
-    Returns:
-        The model (another one where the whole of it was replaced), and the edits, to be replayed by `apply_edits_`.
-
-    Raises:
-        SurgeryError: if the layer is not of the vocabulary, or the model does not run with it, or never calls it; the
-            model is then as it was.
-    """
-    old = module.get_submodule(path)
-    edits: list[Edit] = [] if _alike(old, layer) else [ReplaceEdit(path, layer_to_data(layer))]
-    if inputs is None:
-        return replace_everywhere_(module, path, layer), edits
-    calls: list[None] = []
-    with evaluating(module):
-        before = run(module, inputs)
-        changed = replace_everywhere_(module, path, layer)
-        handle = layer.register_forward_hook(lambda *_: calls.append(None))
-        reason = check_shapes(changed, inputs, before)
-        handle.remove()
-        if not reason and not calls:
-            reason = "the model reads the weight of the layer, it does not call it"
-        if reason:
-            replace_everywhere_(changed, path, old)
-            raise SurgeryError(f"With a {type(layer).__name__} in the place of `{path}` {reason}")
-    layer.train(old.training)
-    return changed, edits
-
-
-def _alike(one: nn.Module, other: nn.Module) -> bool:
-    """Return whether two modules differ in nothing but the values of their tensors."""
-    shapes = [{name: (t.shape, t.dtype) for name, t in part.state_dict().items()} for part in (one, other)]
-    return type(one) is type(other) and shapes[0] == shapes[1] and repr(one) == repr(other)
 
 
 # Units of groups

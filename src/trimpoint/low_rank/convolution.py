@@ -50,28 +50,24 @@ def unfolded(kernel: Tensor, dim: int) -> Tensor:
     return kernel.detach().double().movedim(dim, 0).flatten(1)
 
 
-def tucker2(
-    kernel: Tensor, rank_in: int, rank_out: int, sweeps: int = 0, metric: Tensor | None = None
-) -> TuckerFactors:
+def tucker2(kernel: Tensor, rank_in: int, rank_out: int, metric: Tensor | None = None) -> TuckerFactors:
     """Decompose a kernel over its input and output channels.
 
-    Without a metric the start is the higher-order singular value decomposition, whose squared error is at most the sum
-    of both tails; each sweep solves for one side, given the other, and never raises the error. With one, the outlet is
-    the best for the outputs, the inlet the best for the channels of the inputs, and the core is then fitted to both
-    with least squares.
+    Without a metric it is the higher-order singular value decomposition, whose squared error is at most the sum of both
+    tails. With one, the outlet is the best for the outputs, the inlet the best for the channels of the inputs, and the
+    core is then fitted to both with least squares.
 
     Args:
         kernel: `[out, in, *kernel]`.
         rank_in: number of channels that go into the core; no more are made than it can use.
         rank_out: number of channels that come out of the core, likewise.
-        sweeps: of alternating least squares (higher-order orthogonal iteration); without a metric only.
         metric: second moment of what the kernel is multiplied with, `[in · kernel, in · kernel]`.
 
     References:
-        De Lathauwer, De Moor and Vandewalle, "A multilinear singular value decomposition" (2000), and "On the best
-        rank-1 and rank-(R1, …, RN) approximation" (2000), for the sweeps; Kim et al., "Compression of deep
-        convolutional neural networks for fast and low power mobile applications" (2016); for outputs instead of
-        weights Zhang et al., "Accelerating very deep convolutional networks for classification and detection" (2016).
+        De Lathauwer, De Moor and Vandewalle, "A multilinear singular value decomposition" (2000); Kim et al.,
+        "Compression of deep convolutional neural networks for fast and low power mobile applications" (2016); for
+        outputs instead of weights Zhang et al., "Accelerating very deep convolutional networks for classification and
+        detection" (2016).
     """
     kernel = kernel.detach().double()
     positions = kernel[0, 0].numel()
@@ -79,9 +75,6 @@ def tucker2(
     inlet, outlet = _leading(kernel, 1, rank_in), _leading(kernel, 0, rank_out)
     if metric is not None:
         return _observed_tucker2(kernel, inlet, outlet, metric)
-    for _ in range(sweeps):
-        inlet = _leading(torch.einsum("oi...,or->ri...", kernel, outlet), 1, rank_in)
-        outlet = _leading(torch.einsum("oi...,is->os...", kernel, inlet), 0, rank_out)
     core = torch.einsum("oi...,or,is->rs...", kernel, outlet, inlet)
     scale = _unit(core.norm()) ** (1 / 3)
     return TuckerFactors(inlet.T * scale, core / scale**2, outlet * scale)

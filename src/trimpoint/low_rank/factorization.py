@@ -1,7 +1,8 @@
 """How large factors are and what an error counts: the hyper-parameters that all factorising methods share."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from trimpoint.errors import DataError
 from trimpoint.graph.layers import LowRank
+from trimpoint.graph.masks import MASKED, masks_of
 from trimpoint.low_rank.ranks import RULES, RankRule
 from trimpoint.method import Bounds, Context, Method, Site, param
 from trimpoint.parts import Block, Group
@@ -62,14 +64,24 @@ class Factorization(Method):
         return self.rank == "ratio" and self.rank_ratio == 1
 
     @abstractmethod
-    def unfit(self, ctx: Context, site: Site) -> str:
+    def unfit(self, model: nn.Module, site: Site) -> str:
         """Return why a layer cannot be replaced, or `""`."""
+
+    @abstractmethod
+    def saved(self, layer: nn.Module) -> int:
+        """Return how many parameters fewer the factors of a layer have by `rank="ratio"`; 0 where it stays."""
+
+    def saved_by_pair(self, rows: int, columns: int) -> int:
+        """Return how many parameters fewer the two factors of a matrix have by `rank="ratio"`."""
+        cost, whole = rows + columns, rows * columns
+        rank = self.rule.by_ratio(min(rows, columns), cost, whole)
+        return whole - rank * cost if rank else 0
 
     def sites(self, ctx: Context) -> list[Site]:
         """Return the layers in scope that can be replaced; the others are skipped with the reason."""
         found = []
         for site in ctx.modules():
-            if reason := self.unfit(ctx, site) or ("rank_ratio=1 keeps all of it" if self.keeps_all else ""):
+            if reason := self.unfit(ctx.module, site) or ("rank_ratio=1 keeps all of it" if self.keeps_all else ""):
                 ctx.skip(site.path, reason)
             else:
                 found.append(site)
@@ -93,27 +105,52 @@ class Factorization(Method):
             )
         return self.weighting
 
-    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
-        """Return `rank_ratio` for each module that makes or reads channels, as far as the groups tell."""
+    def forecast(self, model: nn.Module, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
+        """Return the share of parameters that is left of each layer that is replaced.
+
+        Nothing is said of ranks that are found in the weights and the data, by `rank="energy"` or `"bayes"`.
+        """
         if self.rank != "ratio" or self.keeps_all:
             return {}
-        members = (member for group in groups for member in group.members if member.role != "through")
-        return {member.path: self.rank_ratio for member in members if member.parameter == "weight"}
+        saved = {
+            site.path: self.saved(site.module) / sum(p.numel() for p in site.module.parameters())
+            for site in _sites_in(model, self.traits.targets)
+            if not self.unfit(model, site)
+        }
+        return {path: 1 - share for path, share in saved.items() if share > 0}
 
 
-def irreplaceable(ctx: Context, site: Site, plain: type[nn.Module] | None) -> str:
+def _sites_in(model: nn.Module, targets: Sequence[str]) -> Iterator[Site]:
+    """Yield the modules of some classes, without those inside of an `nn.MultiheadAttention`, which reads their weight.
+
+    Args:
+        model: unmodified.
+        targets: names of classes.
+    """
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for path, module in model.named_modules():
+        parent = model.get_submodule(path.rpartition(".")[0])
+        inside = path and isinstance(parent, nn.MultiheadAttention)
+        if not inside and set(targets) & {kind.__name__ for kind in type(module).__mro__}:
+            tied = any(holders[id(p)] > 1 for p in module.parameters(recurse=False))
+            yield Site(path=path, origin=path, module=module, tied=tied)
+
+
+def irreplaceable(model: nn.Module, site: Site, plain: type[nn.Module] | None) -> str:
     """Return why a layer of any kind cannot be replaced by its factors, or `""`.
 
     Args:
-        ctx: of the step.
+        model: that the layer is part of, as it is now.
         site: the layer.
         plain: the class whose forward pass the factors stand for; `None` where that was looked at already.
     """
     parent = site.path.rpartition(".")[0]
-    if site.path and isinstance(ctx.get(parent), LowRank):
+    if site.path and isinstance(model.get_submodule(parent), LowRank):
         return "it is a factor of a layer already"
     if site.tied:
         return "it shares its weight with another module"
+    if masks_of(site.module):
+        return MASKED.format(site.path)
     if parametrize.is_parametrized(site.module):
         return "its weight is computed from others (a parametrization)"
     if plain is not None and type(site.module).forward is not plain.forward:

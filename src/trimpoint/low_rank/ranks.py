@@ -38,13 +38,17 @@ class RankRule:
             whole: parameters of the layer.
             bayes: returns the rank by variational Bayes.
         """
-        most = min(len(values), (whole - 1) // cost)
         if self.rule == "ratio":
-            wanted = rank_for_params(cost, whole, self.ratio)
-        elif self.rule == "energy":
-            wanted = retained_rank(values, self.energy)
-        else:
-            wanted = max(1, bayes())
+            return self.by_ratio(len(values), cost, whole)
+        wanted = retained_rank(values, self.energy) if self.rule == "energy" else max(1, bayes())
+        return self._fitting(wanted, len(values), cost, whole)
+
+    def by_ratio(self, count: int, cost: int, whole: int) -> int:
+        """Return what `choose` returns by ratio: a rank that sizes alone decide, `count` being the largest there is."""
+        return self._fitting(rank_for_params(cost, whole, self.ratio), count, cost, whole)
+
+    def _fitting(self, wanted: int, count: int, cost: int, whole: int) -> int:
+        most = min(count, (whole - 1) // cost)
         return 0 if wanted > most else rounded(wanted, self.round_to, most)
 
     def refusal(self, most: int) -> str:

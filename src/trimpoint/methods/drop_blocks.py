@@ -50,13 +50,7 @@ class DropBlocks(Method):
         al., "BlockPruner" (2024), for greedy removal by the loss with re-ranking.
     """
 
-    ratio: float = param(
-        0.5,
-        doc="share of the removable blocks to remove",
-        bounds=Bounds(ge=0, le=1),
-        noop=0.0,
-        search=(0.25, 0.5, 0.75),
-    )
+    ratio: float = param(0.5, doc="share of the removable blocks to remove", bounds=Bounds(ge=0, le=1), noop=0.0)
     blocks: tuple[str, ...] = param((), doc="paths of the blocks to remove; where given, `ratio` does not count")
     rank: str = param(
         "even",
@@ -116,9 +110,9 @@ class DropBlocks(Method):
         ]
         return tuple(cls(blocks=tuple(paths)) for paths in chosen if paths)
 
-    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
+    def forecast(self, model: nn.Module, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
         """Return that nothing is left of the blocks that go."""
-        paths = self.blocks or spread(blocks, math.floor(self.ratio * len(blocks) + 0.5))
+        paths = self.blocks or spread(blocks, math.floor(self.ratio * len(blocks) + 0.5), last=self.rank == "last")
         return dict.fromkeys(paths, 0.0)
 
     def _bypass(self, ctx: Context, paths: Sequence[str], reasons: dict[str, str]) -> None:

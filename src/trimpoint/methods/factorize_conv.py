@@ -1,5 +1,6 @@
 """Replace convolutions by thinner ones in a row."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from trimpoint.low_rank.factorization import Factorization, irreplaceable
 from trimpoint.low_rank.fit import filled
 from trimpoint.low_rank.observed import gather, patches_of
 from trimpoint.low_rank.ranks import TuckerCost, tucker_ranks
-from trimpoint.method import Bounds, Context, Fact, Site, Stage, Traits, param
+from trimpoint.method import Context, Fact, Site, Stage, Traits, param
 
 MOST_FEATURES = 4_608
 POSITIONS = 1_024
@@ -49,21 +50,14 @@ class FactorizeConv(Factorization):
 
     References:
         Kim et al., "Compression of deep convolutional neural networks for fast and low power mobile applications"
-        (2016), for Tucker-2 and for `rank="bayes"`; De Lathauwer, De Moor and Vandewalle, "On the best rank-1 and
-        rank-(R1, R2, …, RN) approximation of higher-order tensors" (2000), for the sweeps; Jaderberg, Vedaldi and
-        Zisserman, "Speeding up convolutional neural networks with low rank expansions" (2014), for the spatial form,
-        and Tai et al., "Convolutional neural networks with low-rank regularization" (2016), for its closed solution;
-        Zhang et al., "Accelerating very deep convolutional networks for classification and detection" (2016), for
-        outputs in the place of weights.
+        (2016), for Tucker-2 and for `rank="bayes"`; Jaderberg, Vedaldi and Zisserman, "Speeding up convolutional neural
+        networks with low rank expansions" (2014), for the spatial form, and Tai et al., "Convolutional neural networks
+        with low-rank regularization" (2016), for its closed solution; Zhang et al., "Accelerating very deep
+        convolutional networks for classification and detection" (2016), for outputs in the place of weights.
     """
 
     form: str = param(
         "tucker2", doc="over the channels, or over the sides of the kernel", choices=("tucker2", "spatial")
-    )
-    sweeps: int = param(
-        3,
-        doc="rounds of alternating least squares behind the first Tucker-2 solution, where all weights count the same",
-        bounds=Bounds(ge=0),
     )
     weighting: str = param(
         "auto",
@@ -106,11 +100,11 @@ class FactorizeConv(Factorization):
         found = gather(ctx, sizes, rows) if sizes else {}
         return {path: moments for path, moments in found.items() if bool(moments.second_moment.any())}
 
-    def unfit(self, ctx: Context, site: Site) -> str:
+    def unfit(self, model: nn.Module, site: Site) -> str:
         """Return why a layer cannot be replaced, or `""`."""
         layer: Any = site.module
         plain = next((kind for kind in _PLAIN if isinstance(layer, kind)), nn.Module)
-        if reason := irreplaceable(ctx, site, plain):
+        if reason := irreplaceable(model, site, plain):
             return reason
         if layer.groups == layer.in_channels and layer.groups > 1:
             return "it is depthwise: each channel has a kernel of its own, of which nothing is shared"
@@ -126,6 +120,20 @@ class FactorizeConv(Factorization):
             return "only kernels of two dimensions are separated"
         return ""
 
+    def saved(self, layer: nn.Module) -> int:
+        """Return how many parameters fewer the factors have by `rank="ratio"`; at least so many by Tucker-2."""
+        kernel: Any = layer
+        out, channels, *size = kernel.weight.shape
+        if max(size) == 1:
+            return self.saved_by_pair(out, channels)
+        if self.form == "spatial":
+            return self.saved_by_pair(out * size[1], channels * size[0])
+        cost = TuckerCost(channels, out, math.prod(size), self.round_to)
+        params = cost.params(*cost.pairs())
+        within = params[params <= self.rank_ratio * cost.whole]
+        left = within[-1:] if len(within) else params[:1]
+        return int(cost.whole - left[0]) if len(left) else 0
+
     def _factors(self, layer: Any, moments: Moments | None) -> tuple[LowRank, str] | str:
         """Return what stands for a convolution and its description, or why there is nothing."""
         metric = None if moments is None else moments.second_moment if layer.bias is None else moments.covariance
@@ -136,7 +144,7 @@ class FactorizeConv(Factorization):
         elif self.form == "spatial":
             made = _spatial(layer, self.rule, metric)
         else:
-            made = _tucker(layer, self.rule, self.sweeps, metric)
+            made = _tucker(layer, self.rule, metric)
         if isinstance(made, str):
             return made
         parts, kernel, text = made
@@ -181,7 +189,7 @@ def _spatial(layer: Any, rule: RankRule, metric: Tensor | None) -> _Made | str:
     return parts, factors.kernel(), f"rank {rank} of {min(matrix.shape)}"
 
 
-def _tucker(layer: Any, rule: RankRule, sweeps: int, metric: Tensor | None) -> _Made | str:
+def _tucker(layer: Any, rule: RankRule, metric: Tensor | None) -> _Made | str:
     kernel = layer.weight.detach()
     sides = unfolded(kernel, 1), unfolded(kernel, 0)
     cost = TuckerCost(layer.in_channels, layer.out_channels, kernel[0, 0].numel(), rule.round_to)
@@ -192,7 +200,7 @@ def _tucker(layer: Any, rule: RankRule, sweeps: int, metric: Tensor | None) -> _
     ranks = tucker_ranks(rule, cost, values, lambda: (vbmf_rank(sides[0]), vbmf_rank(sides[1])))
     if ranks is None:
         return rule.refusal(0)
-    factors = tucker2(kernel, *ranks, sweeps, metric)
+    factors = tucker2(kernel, *ranks, metric)
     ones = [1] * len(layer.kernel_size)
     inlet, core, outlet = factors.inlet, factors.core, factors.outlet
     parts = []

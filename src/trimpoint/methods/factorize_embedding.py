@@ -1,6 +1,6 @@
 """Replace embeddings by a narrower table and a projection."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,16 +12,16 @@ from trimpoint.low_rank import decompose, vbmf_rank
 from trimpoint.low_rank.factorization import Factorization, irreplaceable
 from trimpoint.low_rank.fit import filled
 from trimpoint.method import Context, Fact, Site, Stage, Traits, param
-from trimpoint.parts import Block, Group
+from trimpoint.padding import calibrate_kept, rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorizeEmbedding(Factorization):
     """Replace an embedding by a table of shorter rows and a projection to their former length.
 
-    With `weighting="frequency"` the error of a row counts as often as it occurs in the calibration data, so that the
-    rows that are read are kept best; rows that never occur still count a little. The row of `padding_idx` stays zero
-    where it was.
+    With `weighting="frequency"` the error of a row counts as often as it occurs in the calibration data, padding left
+    out, so that the rows that are read are kept best; rows that never occur still count a little. The row of
+    `padding_idx` stays zero where it was.
 
     When it pays:
         For the size of the file, where a large vocabulary makes up much of it. It makes nothing faster: reading a row
@@ -65,20 +65,21 @@ class FactorizeEmbedding(Factorization):
         for site in sites:
             self._replace(ctx, site, counts.get(site.path))
 
-    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
-        """Return nothing: blocks and groups do not tell where embeddings are, and none becomes faster."""
-        return {}
-
-    def unfit(self, ctx: Context, site: Site) -> str:
+    def unfit(self, model: nn.Module, site: Site) -> str:
         """Return why a layer cannot be replaced, or `""`."""
         layer: Any = site.module
-        if reason := irreplaceable(ctx, site, nn.Embedding):
+        if reason := irreplaceable(model, site, nn.Embedding):
             return reason
         if layer.max_norm is not None:
             return "it limits the norm of its rows while it runs"
         if layer.sparse or layer.scale_grad_by_freq:
             return "its gradients are sparse or scaled by frequency, which factors cannot have"
         return ""
+
+    def saved(self, layer: nn.Module) -> int:
+        """Return how many parameters fewer the factors of a table have by `rank="ratio"`."""
+        table: Any = layer
+        return self.saved_by_pair(table.num_embeddings, table.embedding_dim)
 
     def _counts(self, ctx: Context, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Return how often each row is read over the calibration data, `[rows]`, where that weights."""
@@ -87,11 +88,11 @@ class FactorizeEmbedding(Factorization):
         layers: dict[str, Any] = {site.path: site.module for site in sites}
         found = {path: torch.zeros(layer.num_embeddings, dtype=torch.float64) for path, layer in layers.items()}
 
-        def observe(path: str, _module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
-            ids = inputs[0].detach().cpu().reshape(-1).long()
+        def see(path: str, _module: nn.Module, value: Any, kept: Tensor | None) -> None:
+            ids = rows_of(value[..., None], kept).flatten().cpu().long()
             found[path] += torch.bincount(ids, minlength=len(found[path])).double()
 
-        ctx.calibrate(observe, list(found))
+        calibrate_kept(ctx, see, list(found))
         return {path: count for path, count in found.items() if bool(count.any())}
 
     def _replace(self, ctx: Context, site: Site, counts: Tensor | None) -> None:

@@ -63,11 +63,15 @@ class FactorizeLinear(Factorization):
         for site in sites:
             self._replace(ctx, site, weights)
 
-    def unfit(self, ctx: Context, site: Site) -> str:
+    def unfit(self, model: nn.Module, site: Site) -> str:
         """Return why a layer cannot be replaced, or `""`."""
-        if reason := irreplaceable(ctx, site, nn.Linear if isinstance(site.module, nn.Linear) else None):
+        if reason := irreplaceable(model, site, nn.Linear if isinstance(site.module, nn.Linear) else None):
             return reason
         return "" if _is_known(site.module) else "it is no linear layer that is known here"
+
+    def saved(self, layer: nn.Module) -> int:
+        """Return how many parameters fewer the factors of a layer have by `rank="ratio"`."""
+        return self.saved_by_pair(*matrix_of(layer).shape)
 
     def _replace(self, ctx: Context, site: Site, weights: Weights) -> None:
         """Replace a layer, or skip it."""

@@ -1,6 +1,5 @@
 """Replace the input weights of LSTM and GRU layers by two thinner matrices."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +10,6 @@ from trimpoint.graph.layers import LowRankRecurrent
 from trimpoint.low_rank.factorization import Factorization, irreplaceable
 from trimpoint.low_rank.fit import Fit, fitted, weights_of
 from trimpoint.method import Context, Fact, Site, Stage, Traits
-from trimpoint.parts import Block, Group
 
 _ARGUMENTS = ("hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional")
 
@@ -71,18 +69,19 @@ class FactorizeRecurrent(Factorization):
                 note = f"rank {fit.rank} of {min(rows, size)}, {weights.note}, {fit.error:.2%} of the squares lost"
                 ctx.replace(site.path, _narrower(layer, fit), note)
 
-    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
-        """Return nothing: what is left of the whole layer depends on sizes that blocks and groups do not tell."""
-        return {}
-
-    def unfit(self, ctx: Context, site: Site) -> str:
+    def unfit(self, model: nn.Module, site: Site) -> str:
         """Return why a layer cannot be replaced, or `""`."""
         layer: Any = site.module
-        if site.path and isinstance(ctx.get(site.path.rpartition(".")[0]), LowRankRecurrent):
+        if site.path and isinstance(model.get_submodule(site.path.rpartition(".")[0]), LowRankRecurrent):
             return "its input weights are factors already"
-        if reason := irreplaceable(ctx, site, nn.LSTM if isinstance(layer, nn.LSTM) else nn.GRU):
+        if reason := irreplaceable(model, site, nn.LSTM if isinstance(layer, nn.LSTM) else nn.GRU):
             return reason
         return "it projects its state, which no runtime here can run" if layer.proj_size else ""
+
+    def saved(self, layer: nn.Module) -> int:
+        """Return how many parameters fewer a layer has behind its first factor by `rank="ratio"`."""
+        weights = _input_weights(layer)
+        return self.saved_by_pair(sum(len(weight) for weight in weights), weights[0].shape[1])
 
 
 def _input_weights(layer: Any) -> list[nn.Parameter]:

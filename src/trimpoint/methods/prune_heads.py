@@ -1,6 +1,5 @@
 """Remove whole heads of attention."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,22 +9,23 @@ from torch import Tensor, nn
 
 from trimpoint.errors import DataError
 from trimpoint.graph import pruned_attention, why_unprunable
-from trimpoint.importance import NAMES, between_groups, scores
-from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
-from trimpoint.parts import Block, Group, Member
+from trimpoint.importance import NAMES, between_groups
+from trimpoint.importance.pruning import UnitPruning, ranked_together
+from trimpoint.method import Context, Fact, Stage, Traits, param
+from trimpoint.parts import Group, Member
 
 CONTRIBUTION = "contribution"
 _WATCHED = (CONTRIBUTION, "activation")
-_OTHER = {"channels": "its units are channels, no attention heads", "hidden": "its units are hidden units, no heads"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneHeads(Method):
+class PruneHeads(UnitPruning):
     """Remove the least important heads of attention, with their part of every projection.
 
     Heads are found in the traced graph, by how the products of attention are made, and not by the classes of modules;
     where several query heads share one head of keys and values they go together. An `nn.MultiheadAttention` cannot lose
-    heads as it is: where some go, it is replaced by an attention that computes the same and can.
+    heads as it is: where some go, it is replaced by an attention that computes the same and can. Keys may come from
+    elsewhere than queries, and may be padded.
 
     When it pays:
         In transformers with more heads than they use; the projections become narrower, which is seen in size and time
@@ -47,14 +47,8 @@ class PruneHeads(Method):
         adds to the output (`contribution`), which unlike the weights of attention needs no knowledge of the module.
     """
 
-    ratio: float = param(
-        0.5,
-        doc="share to remove of the heads that there are now",
-        bounds=Bounds(ge=0, lt=1),
-        noop=0.0,
-        weak=0.25,
-        search=(0.25, 0.5, 0.75),
-    )
+    units = "heads"
+
     importance: str = param(
         "magnitude",
         doc="what makes a head important: a criterion for coupled groups, `contribution` for the norm of what it adds "
@@ -77,53 +71,30 @@ class PruneHeads(Method):
         status="experimental",
     )
 
-    def apply(self, ctx: Context) -> None:
-        """Remove the least important heads of every attention in scope."""
-        groups = []
-        for group in ctx.groups():
-            reason = _OTHER.get(group.kind) or _fixed(ctx.module, group) or ("the ratio is 0" if not self.ratio else "")
-            if reason:
-                _skip(ctx, group, reason)
-            else:
-                groups.append(group)
-        if self.importance in _WATCHED:
-            sure = [group for group in groups if self.scope == "global" or math.floor(group.size * self.ratio)]
-            groups = _made_prunable(ctx, sure) + [group for group in groups if group not in sure]
-        gone = self._gone(groups, self._scores(ctx, groups)) if groups else {}
-        for group in groups:
-            if not gone[group.name]:
-                _skip(ctx, group, f"none of its {group.size} heads is among the least important {self.ratio:.0%}")
-        losing = [group for group in groups if gone[group.name]]
-        ready = _made_prunable(ctx, losing)
-        ctx.resize({new.name: gone[old.name] for old, new in zip(losing, ready, strict=True)})
+    def unfit(self, model: nn.Module, alike: Sequence[Group]) -> str:
+        """Return why no heads of a group can go, or `""`."""
+        return _fixed(model, alike[0])
 
-    def forecast(self, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
-        """Return the share of each projection's multiplications that is left after the same share of heads goes."""
-        shares: dict[str, float] = {}
-        for group in groups:
-            if group.kind == "heads" and not group.reason:
-                kept = 1 - math.floor(group.size * self.ratio) / group.size
-                shares |= dict.fromkeys((m.path for m in group.members if m.role != "through"), kept)
-        return {path: share for path, share in shares.items() if share < 1}
+    def prepared(self, ctx: Context, groups: Sequence[Group]) -> Sequence[Group]:
+        """Replace attention that cannot be watched as it is, where heads will go from it."""
+        if self.importance not in _WATCHED:
+            return groups
+        sure = [group for group in groups if self.scope == "global" or self.kept(group) < group.size]
+        return _made_prunable(ctx, sure) + [group for group in groups if group not in sure]
 
-    def _scores(self, ctx: Context, groups: Sequence[Group]) -> dict[str, Tensor]:
-        if self.importance == CONTRIBUTION:
-            return contribution(ctx, groups)
-        return scores(ctx, groups, self.importance)
+    def scored(self, ctx: Context, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Return the importance of the heads of each group, `[heads]`."""
+        return contribution(ctx, groups) if self.importance == CONTRIBUTION else super().scored(ctx, groups)
 
-    def _gone(self, groups: Sequence[Group], found: Mapping[str, Tensor]) -> dict[str, list[int]]:
-        """Return the heads of each group that go; one of each stays."""
-        order = {group.name: torch.argsort(found[group.name], stable=True).tolist() for group in groups}
+    def wanted(self, model: nn.Module, groups: Sequence[Group], found: Mapping[str, Tensor]) -> dict[str, int]:
+        """Return how many heads of each group stay; one of each does."""
         if self.scope == "local":
-            return {g.name: sorted(order[g.name][: math.floor(g.size * self.ratio)]) for g in groups}
-        relative = between_groups(found, self.importance)
-        every = [
-            (float(relative[group.name][unit]), index, unit)
-            for index, group in enumerate(groups)
-            for unit in order[group.name][:-1]
-        ]
-        least = sorted(every)[: math.floor(sum(group.size for group in groups) * self.ratio)]
-        return {g.name: sorted(unit for _, at, unit in least if at == index) for index, g in enumerate(groups)}
+            return super().wanted(model, groups, found)
+        return ranked_together(groups, between_groups(found, self.importance), self.ratio, spared=1)
+
+    def opened(self, ctx: Context, groups: Sequence[Group]) -> Sequence[Group]:
+        """Replace attention that cannot lose heads as it is."""
+        return _made_prunable(ctx, groups)
 
 
 def contribution(ctx: Context, groups: Sequence[Group]) -> dict[str, Tensor]:
@@ -206,9 +177,3 @@ def _same(now: Sequence[Group], group: Group, paths: Sequence[str]) -> Group:
     """Return the group that `group` has become after the modules at `paths` were replaced."""
     wanted = {f"{path}.q_proj" for path in paths} or {group.name}
     return next((new for new in now if wanted & {new.name, *(member.path for member in new.members)}), group)
-
-
-def _skip(ctx: Context, group: Group, reason: str) -> None:
-    for member in group.members:
-        if member.role == "out":
-            ctx.skip(member.path, reason)

@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trimpoint.method import Bounds, Context, Stage, Traits, param
+from trimpoint.recover.gates import gate_lasso, gated
 from trimpoint.recover.penalty import group_lasso, scale_lasso, scales
 from trimpoint.recover.recipe import Recovery, steps_in_epoch
+
+_PENALTIES = {"groups": (group_lasso, 0.001), "scales": (scale_lasso, 0.02), "gates": (gate_lasso, 0.02)}
+"""What each penalty is, and its usual strength."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +19,7 @@ class SparseTrain(Recovery):
     When it pays:
         Before channels, heads or hidden units are removed by the size of their weights, where little or no training
         can follow: what goes had become small already. A recovery behind the removal makes up for most of what this
-        saves. By itself it makes nothing smaller or faster: units become small, not zero.
+        saves. By itself it makes nothing smaller or faster: units become small, with gates some of them zero.
     What it costs:
         Training time, as for fine-tuning, and a few sums over the weights for each step. Quality, where the strength is
         too large: all units fade then, and a recovery has further to go.
@@ -28,18 +32,21 @@ class SparseTrain(Recovery):
     References:
         Wen et al., "Learning structured sparsity in deep neural networks" (2016), for the group lasso; Fang et al.,
         "DepGraph: towards any structural pruning" (2023), for taking all coupled parameters of a unit together; Liu et
-        al., "Learning efficient convolutional networks through network slimming" (2017), for the scales; Wang et al.,
+        al., "Learning efficient convolutional networks through network slimming" (2017), for the scales; Huang and
+        Wang, "Data-driven sparse structure selection for deep neural networks" (2018), for the gates; Wang et al.,
         "Neural pruning via growing regularization" (2021), for a penalty that grows.
     """
 
     penalty: str = param(
         "groups",
-        doc="the L2 norm of all weights of a unit together, times the root of their number, or the L1 norm of the "
-        "scales of batch norms",
-        choices=("groups", "scales"),
+        doc="the L2 norm of all weights of a unit together, times the root of their number; the L1 norm of the scales "
+        "of batch norms; or the L1 norm of a gate for each unit, which is learned with the weights and can close",
+        choices=("groups", "scales", "gates"),
     )
     strength: float | None = param(
-        None, doc="factor of the penalty in the loss; by default 0.001 for groups, 0.02 for scales", bounds=Bounds(ge=0)
+        None,
+        doc="factor of the penalty in the loss; by default 0.001 for groups, 0.02 for scales and for gates",
+        bounds=Bounds(ge=0),
     )
     rise: float = param(1.0, doc="epochs in which the strength rises linearly from zero", bounds=Bounds(ge=0))
 
@@ -52,9 +59,12 @@ class SparseTrain(Recovery):
         groups = ctx.groups()
         if self.penalty == "scales":
             groups = tuple(group for group in groups if scales(ctx.module, group))
+        elif self.penalty == "gates":
+            groups = gated(ctx.module, groups)
         if not groups:
-            what = " that runs through a batch norm" if self.penalty == "scales" else ""
-            return ctx.skip("", f"no group in scope{what} can be removed, so that nothing is to fade")
+            what = {"scales": " that runs through a batch norm", "gates": " that linear layers or convolutions read"}
+            there = what.get(self.penalty, "")
+            return ctx.skip("", f"no group in scope{there} can be removed, so that nothing is to fade")
         rise = round(self.rise * steps_in_epoch(ctx.task)) if ctx.task is not None else 0
-        lasso, usual = (scale_lasso, 0.02) if self.penalty == "scales" else (group_lasso, 0.001)
+        lasso, usual = _PENALTIES[self.penalty]
         return ctx.train(self, penalty=lasso(groups, usual if self.strength is None else self.strength, rise))

@@ -1,7 +1,9 @@
 """Penalties on weights: added to the loss so that training itself tells which units are not needed."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,12 @@ class Penalty:
         of: `(model, step) -> scalar tensor`, steps counted from 0. It must not depend on the length of the run, so that
             a longer run repeats a shorter one.
         key: what it is, in words: states that were kept under another penalty are not used.
+        around: `(model) -> context manager` in which the model is trained, for what is part of it meanwhile.
     """
 
     of: Callable[[nn.Module, int], Tensor]
     key: str
+    around: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
 
 
 def group_lasso(groups: Sequence[Group], strength: float, rise: int) -> Penalty:
@@ -59,7 +63,7 @@ def group_lasso(groups: Sequence[Group], strength: float, rise: int) -> Penalty:
                     count += values.numel() // values.shape[member.dim] * len(member.indices[0])
             if count:
                 total = total.to(squared.device) + count**0.5 * (squared + _SMOOTH).sqrt().sum()
-        return total * _risen(strength, step, rise)
+        return total * risen(strength, step, rise)
 
     return Penalty(of=penalty, key=f"group lasso {strength!r} {rise} {[group.name for group in groups]}")
 
@@ -82,7 +86,7 @@ def scale_lasso(groups: Sequence[Group], strength: float, rise: int) -> Penalty:
                 values = tensor_of(model, member)
                 if values.requires_grad:
                     total = total.to(values.device) + values.float().abs().sum()
-        return total * _risen(strength, step, rise)
+        return total * risen(strength, step, rise)
 
     return Penalty(of=penalty, key=f"scale lasso {strength!r} {rise} {[group.name for group in groups]}")
 
@@ -96,9 +100,6 @@ def scales(model: nn.Module, group: Group) -> tuple[Member, ...]:
     )
 
 
-def _is_weight(member: Member) -> bool:
-    return "bias" not in member.parameter and member.parameter not in RUNNING
-
-
-def _risen(strength: float, step: int, rise: int) -> float:
+def risen(strength: float, step: int, rise: int) -> float:
+    """Return the strength at a step, counted from 0: a linear increase from zero over `rise` steps."""
     return strength * min(1.0, (step + 1) / (rise + 1))

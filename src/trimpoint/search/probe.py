@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from torch import nn
+
 from trimpoint.filters import EVERYTHING, Filter
 from trimpoint.method import Method
 from trimpoint.parts import Block, Group
@@ -24,6 +26,10 @@ WORTH = 0.98
 
 class Shapes(Protocol):
     """What the probe needs: a model's parts, and a way of measuring a shape."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The unmodified model."""
 
     @property
     def leaves(self) -> Mapping[str, int]:
@@ -122,11 +128,11 @@ def probe(
     corrections: dict[str, float] = {}
     useful = []
     for kind in kinds:
-        variants = proposals(kind, blocks, groups)
+        variants = proposals(kind, bench.model, blocks, groups)
         samples = [variants[i] for i in sorted({len(variants) // 2, len(variants) - 1})] if variants else []
         found = []
         for method in samples:
-            alone = Structure(steps=(Step(method, where),), shares=method.forecast(blocks, groups))
+            alone = Structure(steps=(Step(method, where),), shares=method.forecast(bench.model, blocks, groups))
             expected = forecast(alone, operators, bench.leaves)
             ratios = measured(Plan((*alone.steps, *tail)))
             if not ratios:
@@ -143,8 +149,13 @@ def probe(
         else:
             corrections[kind.method_name()] = _correction([(e, r["latency_ms"]) for e, r in found])
             useful.append(kind)
-    every = structures(useful, blocks, groups, bench.leaves, where)
-    with_gains = [_with_gains(s, operators, bench.leaves, corrections, blocks, groups) for s in every]
+    every = structures(useful, bench.model, blocks, groups, bench.leaves, where)
+    latencies: dict[Step, float] = {}
+    for step in {step for structure in every for step in structure.steps}:
+        changed = Structure(steps=(step,), shares=step.method.forecast(bench.model, blocks, groups))
+        ratio = forecast(changed, operators, bench.leaves)["latency_ms"]
+        latencies[step] = ratio ** corrections.get(step.method.name, 1.0)
+    with_gains = [_with_gains(structure, operators, bench.leaves, latencies) for structure in every]
     with_gains = [replace(structure, aims=tuple(aims)) for structure in with_gains]
     return Probe(structures=with_gains, quantiser=quantiser, left_out=left_out, start=reference, rows=rows)
 
@@ -161,16 +172,8 @@ def _correction(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def _with_gains(
-    structure: Structure,
-    operators: Sequence[OperatorTime],
-    leaves: Mapping[str, int],
-    corrections: Mapping[str, float],
-    blocks: Sequence[Block],
-    groups: Sequence[Group],
+    structure: Structure, operators: Sequence[OperatorTime], leaves: Mapping[str, int], alone: Mapping[Step, float]
 ) -> Structure:
+    """Return a structure with its forecast; its latency is the product of what its steps bring each by itself."""
     gains = forecast(structure, operators, leaves)
-    latency = 1.0
-    for step in structure.steps:
-        alone = Structure(steps=(step,), shares=step.method.forecast(blocks, groups))
-        latency *= forecast(alone, operators, leaves)["latency_ms"] ** corrections.get(step.method.name, 1.0)
-    return replace(structure, gains={**gains, "latency_ms": latency})
+    return replace(structure, gains={**gains, "latency_ms": math.prod(alone[step] for step in structure.steps)})

@@ -282,7 +282,8 @@ def _fingerprint(model: nn.Module, task: Task, settings: Settings) -> dict[str, 
         "where": str(settings.where),
         "recovery": None if settings.recovery is None else Step(settings.recovery).to_data(),
     }
-    return parts(model, task, settings.target, asked)
+    methods = () if settings.recovery is None else (settings.recovery,)
+    return parts(model, task, settings.target, asked, methods)
 
 
 def _recovery(data: Mapping[str, Any] | None) -> Recovery | None:

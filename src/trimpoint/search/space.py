@@ -81,13 +81,14 @@ def usable_methods(
     return usable, left_out
 
 
-def proposals(kind: type[Method], blocks: Sequence[Block], groups: Sequence[Group]) -> list[Method]:
+def proposals(kind: type[Method], model: nn.Module, blocks: Sequence[Block], groups: Sequence[Group]) -> list[Method]:
     """Return the variants of a method that would change something on a model, weakest first."""
-    return [method for method in kind.variants(blocks, groups) if method.forecast(blocks, groups)]
+    return [method for method in kind.variants(blocks, groups) if method.forecast(model, blocks, groups)]
 
 
 def structures(
     kinds: Sequence[type[Method]],
+    model: nn.Module,
     blocks: Sequence[Block],
     groups: Sequence[Group],
     leaves: Mapping[str, int],
@@ -97,22 +98,24 @@ def structures(
 
     Args:
         kinds: structural methods, in the order of their stages.
+        model: unmodified.
         blocks: of the model.
         groups: of the model.
         leaves: paths of the modules that have weights, with their numbers of parameters.
         where: what may be changed.
     """
-    menus: list[list[Method | None]] = [[None, *proposals(kind, blocks, groups)] for kind in kinds]
+    menus: list[list[Method | None]] = [[None, *proposals(kind, model, blocks, groups)] for kind in kinds]
     while np.prod([len(menu) for menu in menus]) > MOST_STRUCTURES:
         longest = max(menus, key=len)
         longest[1:] = longest[1::2]
     weights = np.array(list(leaves.values()), dtype=np.float64) ** 0.25
+    expected = {method: method.forecast(model, blocks, groups) for menu in menus for method in menu if method}
     result = []
     for choice in product(*menus):
         methods = [method for method in choice if method is not None]
         shares: dict[str, float] = {}
         for method in methods:
-            for path, share in method.forecast(blocks, groups).items():
+            for path, share in expected[method].items():
                 shares[path] = shares.get(path, 1.0) * share
         lost = [1 - share_of(leaf, shares) for leaf in leaves]
         damage = float(np.average(lost, weights=weights)) if leaves else 0.0

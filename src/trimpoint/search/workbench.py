@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from trimpoint.compress import Compressed, compress
 from trimpoint.data import as_numpy
 from trimpoint.errors import StudyError
-from trimpoint.graph import coupled_groups, find_blocks, trace
+from trimpoint.graph import find_blocks, find_groups
 from trimpoint.measure.environment import cpu_name
 from trimpoint.measure.inputs import capture, core_inputs
 from trimpoint.measure.latency import LatencyResult, measure_latency
@@ -86,7 +86,7 @@ class Workbench:
 
     def groups(self) -> tuple[Group, ...]:
         """Return the coupled groups of the unmodified model that can be cut."""
-        return tuple(g for g in coupled_groups(trace(self.model, self.task.example_batch(2))) if not g.reason)
+        return tuple(g for g in find_groups(self.model, self.task.example_batch(2)) if not g.reason)
 
     # Trials
 

@@ -6,7 +6,7 @@ Example:
     ['conv', 'linear', 'norm', 'residual']
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -205,14 +205,39 @@ def _rows(*shape: int) -> Callable[[], Task]:
     return lambda: make_task(tensors(*shape))
 
 
+def _scaled(model: nn.Module, factor: float) -> nn.Module:
+    """Multiply every weight and bias by `factor`, in place."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(factor)
+    return model
+
+
+def _frozen(model: nn.Module, paths: Sequence[str]) -> nn.Module:
+    """Freeze the parameters at `paths`, in place."""
+    for path in paths:
+        model.get_submodule(path).requires_grad_(False)
+    return model
+
+
 def _settled(model: nn.Module) -> nn.Module:
-    return models.settle_norms(model, torch.randn(16, 3, 8, 8) + 0.4).eval()
+    """Give batch norms the statistics of images and weights that differ by channel, in place."""
+    inputs, generator = torch.randn(16, 3, 8, 8) + 0.4, torch.Generator().manual_seed(7)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator))
+            norm.bias.copy_(0.2 * torch.randn(norm.bias.shape, generator=generator))
+        model.train()
+        for _ in range(20):
+            model(inputs)
+    return model.eval()
 
 
 def _mixed_modes() -> nn.Module:
     model = _settled(models.Separable()).train()
     model.get_submodule("stem_norm").eval()
-    return models.freeze(model, ["stem", "stem_norm", "depthwise"])
+    return _frozen(model, ["stem", "stem_norm", "depthwise"])
 
 
 def _bert() -> nn.Module:
@@ -255,22 +280,30 @@ def _entries() -> list[ZooEntry]:
             lambda: models.MaskedTransformer().eval(),
             _sentences,
         ),
+        _entry(
+            "tied_transformer",
+            "linear norm embedding attention residual tied",
+            lambda: models.TiedTransformer().eval(),
+            lambda: make_task(_tokens),
+        ),
         _entry("detector", "conv inner_loss core", lambda: models.Detector().eval(), _detection),
         _entry("attention", "linear attention", lambda: models.AttentionClassifier().eval(), _rows(5, 16)),
         _entry("lstm", "linear recurrent", lambda: models.LstmClassifier().eval(), _rows(6, 8)),
         _entry("gru_stack", "linear recurrent", lambda: models.GruStack().eval(), _rows(6, 8)),
         _entry("bidirectional", "linear recurrent", lambda: models.BidirectionalLstm().eval(), _rows(6, 8)),
-        _entry(
-            "tiny_scale", "conv linear tiny_scale", lambda: models.scale_weights(models.plain_cnn(), 1e-6), _images()
-        ),
-        _entry(
-            "huge_scale", "conv linear huge_scale", lambda: models.scale_weights(models.plain_cnn(), 1e6), _images()
-        ),
+        _entry("tiny_scale", "conv linear tiny_scale", lambda: _scaled(models.plain_cnn(), 1e-6), _images()),
+        _entry("huge_scale", "conv linear huge_scale", lambda: _scaled(models.plain_cnn(), 1e6), _images()),
         _entry("frozen", "conv linear norm depthwise grouped frozen mixed_modes", _mixed_modes, _images()),
         _entry("no_parameters", "no_parameters", lambda: models.NoParameters().eval(), _images(channels=4)),
         _entry("root_linear", "linear root", lambda: nn.Linear(16, 4).eval(), _rows(16)),
         _entry("root_conv", "conv root", lambda: nn.Conv2d(3, 1, 3, padding=1).eval(), regress(_picture)),
         _entry("dense", "conv linear norm concat", lambda: _settled(models.DenseNet()), _images()),
+        _entry(
+            "shuffle",
+            "conv linear norm residual depthwise grouped concat",
+            lambda: _settled(models.ShuffleNet()),
+            _images(),
+        ),
         _entry("unet", "conv concat transposed", lambda: models.UNet().eval(), regress(_picture)),
         _entry(
             "single_channel",

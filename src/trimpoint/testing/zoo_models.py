@@ -3,8 +3,6 @@
 They are as small as they can be while a method still finds something to do: channels are multiples of eight.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -137,6 +135,27 @@ class MaskedTransformer(nn.Module):
         weight = attention_mask[..., None].to(x.dtype)
         pooled = (self.norm(x) * weight).sum(1) / weight.sum(1)
         return self.head(pooled)  # type: ignore[no-any-return]
+
+
+class TiedTransformer(nn.Module):
+    """Tie the output projection of a causal transformer to its embedding: `[batch, 6]` to logits `[batch, 6, 32]`."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(32, 16), nn.Embedding(16, 16)
+        self.layers = nn.ModuleList(EncoderLayer(16, 2) for _ in range(depth))
+        self.norm = nn.LayerNorm(16)
+        self.decoder = nn.Linear(16, 32, bias=False)
+        self.decoder.weight = self.tokens.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Predict a token for each position from those up to it."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        past = (places[:, None] >= places[None])[None, None]
+        x = self.tokens(tokens) + self.positions(places)
+        for layer in self.layers:
+            x = layer(x, past)
+        return self.decoder(self.norm(x))  # type: ignore[no-any-return]
 
 
 class DetectorCore(nn.Module):
@@ -280,6 +299,62 @@ class UNet(nn.Module):
         return self.out(torch.cat([skip, low], 1))  # type: ignore[no-any-return]
 
 
+def shuffle_channels(x: Tensor, groups: int) -> Tensor:
+    """Deal the channels of `[batch, channels, *size]` out: the first one of each group, then the second ones."""
+    batch, channels, *size = x.shape
+    return x.view(batch, groups, channels // groups, *size).transpose(1, 2).reshape(batch, channels, *size)
+
+
+class SplitUnit(nn.Module):
+    """Pass one half of the channels by a depthwise branch for the other, and shuffle both: a unit of ShuffleNet V2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.conv1, self.norm1 = nn.Conv2d(half, half, 1, bias=False), nn.BatchNorm2d(half)
+        self.depthwise = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False)
+        self.depthwise_norm = nn.BatchNorm2d(half)
+        self.conv2, self.norm2 = nn.Conv2d(half, half, 1, bias=False), nn.BatchNorm2d(half)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return as many channels as come in."""
+        kept, x = x.chunk(2, 1)
+        x = self.depthwise_norm(self.depthwise(F.relu(self.norm1(self.conv1(x)))))
+        return shuffle_channels(torch.cat([kept, F.relu(self.norm2(self.conv2(x)))], 1), 2)
+
+
+class GroupedUnit(nn.Module):
+    """Shuffle between two grouped convolutions whose result is added to the input: a unit of ShuffleNet V1."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.conv1, self.norm1 = nn.Conv2d(width, width, 1, groups=groups, bias=False), nn.BatchNorm2d(width)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 1, groups=groups, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return as many channels as come in."""
+        inner = shuffle_channels(F.relu(self.norm1(self.conv1(x))), self.groups)
+        return F.relu(x + self.norm2(self.conv2(self.depthwise(inner))))
+
+
+class ShuffleNet(nn.Module):
+    """Shuffle channels between groups: `[batch, 3, 8, 8]` to `[batch, 4]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.split, self.grouped = SplitUnit(16), GroupedUnit(16, 4)
+        self.last = nn.Conv2d(16, 32, 1)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify images."""
+        x = self.grouped(self.split(F.relu(self.stem(x))))
+        return self.head(F.relu(self.last(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
 class SingleChannel(nn.Module):
     """Have no width at all: `[batch, 1, 8, 8]` to `[batch, 2]` through layers of one channel."""
 
@@ -306,32 +381,3 @@ class TwoInputs(nn.Module):
     def forward(self, numbers: Tensor, category: Tensor) -> Tensor:
         """Return one number per sample, `[batch, 1]`."""
         return self.head(F.relu(self.hidden(torch.cat([numbers, self.category(category)], 1))))  # type: ignore[no-any-return]
-
-
-def scale_weights(model: nn.Module, factor: float) -> nn.Module:
-    """Multiply every weight and bias by `factor`, in place."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(factor)
-    return model
-
-
-def freeze(model: nn.Module, paths: Sequence[str]) -> nn.Module:
-    """Freeze the parameters at `paths`, in place."""
-    for path in paths:
-        model.get_submodule(path).requires_grad_(False)
-    return model
-
-
-def settle_norms(model: nn.Module, inputs: Tensor) -> nn.Module:
-    """Give batch norms the statistics of `inputs` and weights that differ by channel, in place."""
-    generator = torch.Generator().manual_seed(7)
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    with torch.no_grad():
-        for norm in norms:
-            norm.weight.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator))
-            norm.bias.copy_(0.2 * torch.randn(norm.bias.shape, generator=generator))
-        model.train()
-        for _ in range(20):
-            model(inputs)
-    return model

@@ -61,6 +61,7 @@ def run(resume_dir: Path) -> dict[str, Any]:
     comparison.add(CONTROL, lambda: compress(model, Plan((Step(control),)), task))
     comparison.refer_to(CONTROL)
     comparison.add("2 layers from random weights, distilled as long", lambda: _small(model, task))
+    comparison.add("the vocabulary alone, not trained", lambda: compress(model, Plan((Step(PruneVocabulary()),)), task))
     for name in STRUCTURES:
         comparison.add(_of(name), partial(_ours, model, task, name, SEEDS[0]))
     timed = comparison.timed()

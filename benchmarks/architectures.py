@@ -1,7 +1,8 @@
 """Networks of many architectures, tiny and with random weights, each with a task on synthetic data.
 
-Every one is a class of `transformers` built from a configuration of its own: nothing is downloaded, and nothing of it
-was written with trimpoint in mind.
+All but the recurrent ones are classes of `transformers`, built from a configuration of their own: nothing is
+downloaded, and nothing of it was written with trimpoint in mind. The recurrent ones are the layers of PyTorch between
+an embedding and a classifier.
 """
 
 from collections.abc import Callable, Sequence
@@ -241,7 +242,49 @@ def _patchtst() -> Built:
     return network, _task(past, future, loss=_forecasts, score=MeanSquaredError())
 
 
+def _whisper() -> Built:
+    network = _network(
+        "WhisperForAudioClassification",
+        "WhisperConfig",
+        num_mel_bins=16,
+        max_source_positions=16,
+        d_model=32,
+        encoder_layers=4,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        classifier_proj_size=16,
+        num_labels=CLASSES,
+    )
+    sound = lambda generator, _: {"input_features": torch.randn(16, 32, generator=generator)}  # noqa: E731
+    return network, _task(sound, _label)
+
+
+class _Recurrent(nn.Module):
+    """Tokens to logits by a recurrent layer of PyTorch; its states are averaged over the tokens."""
+
+    def __init__(self, kind: type[nn.RNNBase], **config: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, 32)
+        self.layers = kind(32, 32, batch_first=True, **config)
+        self.classifier = nn.Linear(32 * (2 if self.layers.bidirectional else 1), CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Map tokens and mask, both `[batch, length]`, to logits."""
+        states, _ = self.layers(self.embedding(input_ids))
+        weight = attention_mask[..., None].to(states.dtype)
+        return self.classifier((states * weight).sum(1) / weight.sum(1))  # type: ignore[no-any-return]
+
+
+def _recurrent(kind: type[nn.RNNBase], **config: Any) -> Callable[[], Built]:
+    def build() -> Built:
+        torch.manual_seed(0)
+        return _Recurrent(kind, **config).eval(), _task(_text, _label, collate=_pad)
+
+    return build
+
+
 _STAGES = {"hidden_sizes": [16, 32], "depths": [2, 2]}
+_PATCHES = {"image_size": 32, "patch_size": 8}
 ARCHITECTURES = (
     Architecture(
         "ResNet",
@@ -303,5 +346,80 @@ ARCHITECTURES = (
     Architecture("Wav2Vec2", "speech", _wav2vec2),
     Architecture("AST", "speech", _ast),
     Architecture("PatchTST", "time series", _patchtst),
+    Architecture(
+        "RegNet", "image", _images("RegNetForImageClassification", "RegNetConfig", embedding_size=16, **_STAGES)
+    ),
+    Architecture(
+        "EfficientNet",
+        "image",
+        _images(
+            "EfficientNetForImageClassification",
+            "EfficientNetConfig",
+            width_coefficient=0.25,
+            depth_coefficient=0.3,
+            hidden_dim=320,
+        ),
+    ),
+    Architecture(
+        "ConvNeXt-V2", "image", _images("ConvNextV2ForImageClassification", "ConvNextV2Config", num_stages=2, **_STAGES)
+    ),
+    Architecture(
+        "MobileViT",
+        "image",
+        _images(
+            "MobileViTForImageClassification",
+            "MobileViTConfig",
+            hidden_sizes=[16, 24, 32],
+            neck_hidden_sizes=[8, 16, 16, 24, 24, 32, 64],
+            num_attention_heads=2,
+        ),
+    ),
+    Architecture(
+        "PVT",
+        "image",
+        _images(
+            "PvtForImageClassification",
+            "PvtConfig",
+            image_size=64,
+            hidden_sizes=[16, 16, 32, 32],
+            depths=[1, 1, 2, 2],
+            mlp_ratios=[2, 2, 2, 2],
+            num_attention_heads=[1, 2, 2, 2],
+        ),
+    ),
+    Architecture("DeiT", "image", _images("DeiTForImageClassification", "DeiTConfig", size=32, **_PATCHES, **_VISION)),
+    Architecture("BEiT", "image", _images("BeitForImageClassification", "BeitConfig", size=32, **_PATCHES, **_VISION)),
+    Architecture("RoBERTa", "text", _texts("RobertaForSequenceClassification", "RobertaConfig")),
+    Architecture("ELECTRA", "text", _texts("ElectraForSequenceClassification", "ElectraConfig", embedding_size=16)),
+    Architecture("MPNet", "text", _texts("MPNetForSequenceClassification", "MPNetConfig")),
+    Architecture(
+        "GPT-NeoX",
+        "decoder",
+        _decoder("GPTNeoXForCausalLM", "GPTNeoXConfig", max_position_embeddings=64, **_VISION),
+    ),
+    Architecture(
+        "OPT",
+        "decoder",
+        _decoder(
+            "OPTForCausalLM",
+            "OPTConfig",
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        ),
+    ),
+    Architecture(
+        "Qwen3",
+        "decoder",
+        _decoder(
+            "Qwen3ForCausalLM", "Qwen3Config", head_dim=16, num_key_value_heads=1, max_position_embeddings=64, **_VISION
+        ),
+    ),
+    Architecture("Whisper encoder", "speech", _whisper),
+    Architecture("LSTM", "recurrent", _recurrent(nn.LSTM, num_layers=2)),
+    Architecture("GRU", "recurrent", _recurrent(nn.GRU, num_layers=2, bidirectional=True)),
 )
 """Every network of the table, in its order."""

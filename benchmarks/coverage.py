@@ -42,11 +42,22 @@ METHODS = {
     "none": None,
     "drop-blocks": {"ratio": 0.5},
     "prune-channels": {"ratio": 0.5},
+    "prune-heads": {"ratio": 0.5},
+    "prune-recurrent": {"ratio": 0.5},
+    "prune-vocabulary": {},
+    "factorize-linear": {},
+    "factorize-conv": {},
+    "factorize-embedding": {},
+    "factorize-recurrent": {},
+    "prune-weights": {"ratio": 0.5},
     "quantize-static": {},
+    "sparse-train": {"epochs": 1.0},
     "finetune": {"epochs": 1.0},
     "distill": {"epochs": 1.0},
 }
 """Method → its parameters; `none` is the network as it is."""
+MOST_FAILING = 0.1
+"""Share of the cells that may fail."""
 LEAST_SQNR_DB = 10.0
 """A quantised network must keep the noise in its main output this far below the signal."""
 RESULT, PAGE = HERE / "results" / "coverage.json", HERE.parent / "docs" / "coverage.md"
@@ -316,7 +327,7 @@ def write(cells: Sequence[Cell], seconds: float, result_file: Path, page_file: P
             {
                 "name": "failing cells",
                 "value": sum(found[status] for status in FAILED) / max(1, len(cells)),
-                "must": 0.15,
+                "must": MOST_FAILING,
                 "aim": 0.0,
                 "better": "lower",
                 "unit": "share",
@@ -348,7 +359,7 @@ def chosen(names: Sequence[str]) -> list[Architecture]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fill the table; return 0 where at most 15 % of the cells fail and none crashes, else 3."""
+    """Fill the table; return 0 where at most a tenth of the cells fails and none crashes, else 3."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description="Fill the coverage table.")
     parser.add_argument("name", nargs="*", help="networks to try again; the others keep their cells. All by default")
     parser.add_argument("--state", type=Path, default=Path("runs/coverage"), help="kept until all is done")
@@ -378,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
     for network in networks:
         (options.state / f"{_slug(network.name)}.jsonl").unlink(missing_ok=True)
     print(f"{len(ordered)} cells: {result['counts']}, {result['failing_share']:.1%} fail")
-    return 3 if result["failing_share"] > 0.15 or result["counts"]["crashes"] else 0
+    return 3 if result["failing_share"] > MOST_FAILING or result["counts"]["crashes"] else 0
 
 
 if __name__ == "__main__":

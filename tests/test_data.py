@@ -36,7 +36,7 @@ def test_shuffled_batches_hold_every_sample_once_and_drop_the_rest():
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_samples_of_equal_length_are_not_read_ahead():
+def test_samples_of_equal_length_and_large_ones_are_not_read_ahead():
     class Counted(list):
         read = 0
 
@@ -44,9 +44,23 @@ def test_samples_of_equal_length_are_not_read_ahead():
             self.read += 1
             return super().__getitem__(index)
 
-    data = Counted([(torch.zeros(3), 0)] * 100)
-    next(shuffled_batches(data, 10, torch.Generator()))
-    assert data.read == 10
+    for shapes in ([3], [2_000_000, 2_000_001]):  # of one length; of different lengths, but large
+        data = Counted([(torch.zeros(()).expand(shapes[i % len(shapes)]), 0) for i in range(100)])
+        next(shuffled_batches(data, 10, torch.Generator()))
+        assert data.read == 10
+
+
+class Odd:
+    """What a collate of one's own may understand, and nobody else."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+
+@pytest.mark.parametrize("leaf", [Odd(None), Odd((3, None)), Odd(len)])
+def test_samples_that_tell_no_length_are_drawn_all_the_same(leaf):
+    data = [({"odd": leaf, "ids": [0] * (1 + index % 7)}, index) for index in range(50)]
+    assert sorted(index for batch in drawn(data, 5, 0) for _, index in batch) == list(range(50))
 
 
 @pytest.mark.parametrize(

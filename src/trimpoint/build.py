@@ -66,7 +66,7 @@ class Build:
             self.structure["groups"] = tuple(
                 replace(
                     group,
-                    members=tuple(replace(m, path=prefix + m.path) for m in group.members),
+                    members=tuple(replace(m, path=(prefix + m.path).rstrip(".")) for m in group.members),
                     places=tuple(replace(p, path=(prefix + p.path).rstrip(".")) for p in group.places),
                 )
                 for group in find_groups(core, inputs)
@@ -77,7 +77,9 @@ class Build:
         """Return all blocks that can be bypassed, with the paths of the whole model."""
         if "blocks" not in self.structure:
             core, inputs, prefix = self.core()
-            self.structure["blocks"] = tuple(replace(b, path=prefix + b.path) for b in find_blocks(core, inputs))
+            self.structure["blocks"] = tuple(
+                replace(b, path=(prefix + b.path).rstrip(".")) for b in find_blocks(core, inputs)
+            )
         return self.structure["blocks"]  # type: ignore[no-any-return]
 
     def original_blocks(self) -> tuple[Block, ...]:

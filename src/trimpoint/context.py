@@ -107,6 +107,10 @@ class _Context(Context):
             self._blocks = tuple(b for b in self._build.blocks() if self._in_scope(b.path, self.get(b.path)))
         return self._blocks
 
+    def covers(self, path: str) -> bool:
+        """Return whether the module at `path` is in scope of the step's `where`."""
+        return self._in_scope(path, self.get(path))
+
     def get(self, path: str) -> nn.Module:
         """Return the module at `path` as it is now."""
         try:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +15,9 @@ from trimpoint.errors import DataError, InvalidParameterError
 from trimpoint.signature import flatten
 
 _POOL = 32
-"""Batches of samples of different length that are sorted together."""
+"""Batches of samples of different length that are sorted together, at most."""
+_POOL_NUMBERS = 1 << 24
+"""Numbers that they hold together, at most: 64 MB in float32."""
 
 
 def random_split(data: Any, sizes: Mapping[str, float], seed: int, rest: str = "train") -> dict[str, Any]:
@@ -52,37 +55,37 @@ def random_split(data: Any, sizes: Mapping[str, float], seed: int, rest: str = "
 def shuffled_batches(data: Any, size: int, generator: torch.Generator) -> Iterator[list[Any]]:
     """Yield the samples of one epoch in random batches of `size`; what is left at the end is dropped.
 
-    Where the samples of a batch differ in length, 32 batches are drawn at once and sorted by length before they are
-    cut, and come in random order: batches of queries then hold little padding, and still differ in each epoch.
+    Where the samples of a batch differ in length, up to 32 batches are drawn at once and sorted by length before they
+    are cut, and come in random order: batches of queries then hold little padding, and still differ in each epoch.
+    Large samples, such as images, are not read ahead.
 
     Args:
         data: anything with a length and items.
         size: of a batch.
         generator: of the order.
     """
-    order = torch.randperm(len(data), generator=generator).tolist()
-    start, end = 0, len(order) // size * size
-    while start < end:
-        samples = [data[index] for index in order[start : start + size]]
-        start += size
-        if len({_length(sample) for sample in samples}) == 1:
-            yield samples
-            continue
-        stop = min(end, start + size * (_POOL - 1))
-        samples = sorted(samples + [data[index] for index in order[start:stop]], key=_length)
-        start = stop
-        for turn in torch.randperm(len(samples) // size, generator=generator).tolist():
+    order = iter(torch.randperm(len(data), generator=generator).tolist()[: len(data) // size * size])
+    while samples := [data[index] for index in islice(order, size)]:
+        lengths = [_length(sample) for sample in samples]
+        if len(set(lengths)) > 1:
+            batches = max(1, min(_POOL, _POOL_NUMBERS // sum(lengths)))
+            samples += [data[index] for index in islice(order, size * (batches - 1))]
+            samples.sort(key=_length)
+        for turn in torch.randperm(len(samples) // size, generator=generator).tolist() if len(samples) > size else [0]:
             yield samples[turn * size : (turn + 1) * size]
 
 
 def _length(sample: Any) -> int:
-    """Return the number of elements of a sample's inputs."""
+    """Return the number of elements of a sample's inputs, as far as they tell."""
     inputs = sample[0] if isinstance(sample, (tuple, list)) and sample else sample
-    return sum(math.prod(leaf.shape) if hasattr(leaf, "shape") else _items(leaf) for leaf in flatten(inputs))
+    return sum(map(_items, flatten(inputs)))
 
 
 def _items(leaf: Any) -> int:
-    return len(leaf) if hasattr(leaf, "__len__") else 1
+    try:
+        return math.prod(leaf.shape) if hasattr(leaf, "shape") else len(leaf) if hasattr(leaf, "__len__") else 1
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return 1
 
 
 def sample_digest(sample: Any) -> bytes:

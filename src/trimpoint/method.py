@@ -198,15 +198,16 @@ class Context(ABC):
         """Return the blocks in scope that can be bypassed."""
 
     @abstractmethod
+    def covers(self, path: str) -> bool:
+        """Return whether the module at `path` is in scope of the step's `where`."""
+
+    @abstractmethod
     def get(self, path: str) -> "nn.Module":
         """Return the module at `path` as it is now."""
 
     @abstractmethod
     def resize(self, removals: Mapping[str, Sequence[int]]) -> None:
-        """Remove units from groups: group name → units. All at once, checked by a forward pass.
-
-        A group whose removal does not run is left as it is and recorded as skipped.
-        """
+        """Remove units from groups: group name → units. All at once; where that does not run they stay, skipped."""
 
     @abstractmethod
     def bypass(self, path: str, reason: str = "") -> None:

@@ -256,6 +256,7 @@ def test_an_interrupted_search_says_so_and_goes_on(tmp_path) -> None:
         text=True,
         cwd=Path(__file__).parents[2],
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     waited = time.monotonic() + 300
     while not (out / "study.db").exists() and process.poll() is None and time.monotonic() < waited:

@@ -19,6 +19,7 @@ from trimpoint.graph import (
     replace_,
     save_structure,
     trace,
+    why_unprunable,
 )
 from trimpoint.losses import squared_error
 from trimpoint.methods.prune_heads import PruneHeads
@@ -187,7 +188,7 @@ def test_heads_that_stay_keep_their_first_reason():
     assert find_groups(model, inputs) == coupled_groups(trace(model, inputs))
 
 
-@pytest.mark.parametrize("change", ["masked", "tied", "zero key"])
+@pytest.mark.parametrize("change", ["masked", "tied", "zero key", "hook"])
 def test_attention_that_could_not_be_replaced_is_not_opened(change):
     _, model, inputs, _ = case("other widths")
     if change == "masked":
@@ -195,6 +196,15 @@ def test_attention_that_could_not_be_replaced_is_not_opened(change):
     elif change == "tied":
         model.again = nn.Linear(WIDTH, WIDTH)
         model.again.weight = model.attention.out_proj.weight
+    elif change == "hook":
+        model.attention.register_forward_pre_hook(lambda _module, inputs: tuple(3 * part for part in inputs))
     else:
         model.attention.add_zero_attn = True
     assert not [group for group in find_groups(model, inputs) if group.kind == "heads" and not group.reason]
+
+
+def test_a_bias_on_one_side_would_be_lost():
+    attention = nn.MultiheadAttention(WIDTH, 2)
+    assert not why_unprunable(attention)
+    attention.in_proj_bias = None
+    assert why_unprunable(attention) == "it has a bias on one side only"

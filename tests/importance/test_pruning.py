@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
+from trimpoint.build import Build
+from trimpoint.compress import compress
 from trimpoint.importance.pruning import left, ranked_together, together
+from trimpoint.methods.prune_channels import PruneChannels
 from trimpoint.parts import Group, Member
+from trimpoint.plan import Plan
+from trimpoint.search.space import share_of
+from trimpoint.task import Task, cross_entropy
 
 
 def group(name, size, *members, alike=""):
@@ -74,3 +80,27 @@ def test_tied_weights_are_cut_in_both_places_and_buffers_do_not_count():
         member("h", "weight", 1, 4, role="in"),
     )
     assert left(model, [group("e", 4, *members)], {"e": 1}) == {"e": 0.25, "h": 0.25, "n": 0.25}
+
+
+class Scaled(nn.Module):
+    """Parameters at the root, beside layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(1, 32, 1), nn.Conv2d(32, 32, 1), nn.Linear(32, 3)
+        self.scale = nn.Parameter(torch.ones(32, 1, 1))
+
+    def forward(self, x):
+        return self.head(self.b(self.a(x) * self.scale).mean((2, 3)))
+
+
+def test_parameters_at_the_root_do_not_disturb_what_is_below():
+    model = Scaled().eval()
+    task = Task(calibrate=[(torch.randn(1, 4, 4), 0)] * 2, loss=cross_entropy)
+    method = PruneChannels(ratio=0.5)
+    shares = method.forecast(model, (), Build(module=model, given=model, task=task).groups())
+    made = dict(compress(model, Plan().then(method), task).module.named_modules())
+    for path, module in model.named_modules():
+        own = sum(p.numel() for p in module.parameters(recurse=False))
+        rest = sum(p.numel() for p in made[path].parameters(recurse=False))
+        assert share_of(path, shares) * own == pytest.approx(rest)

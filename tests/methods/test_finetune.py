@@ -117,7 +117,7 @@ def test_recovers_dropped_blocks_on_real_images():
             return float((model(images[1_500:]).argmax(1) == labels[1_500:]).float().mean())
 
     dropped = compress(trained, Plan().then(DropBlocks(ratio=0.67)), task)
-    plan = dropped.plan.then(Distill(epochs=2.0))
+    plan = dropped.plan.then(Distill(epochs=4.0))
     recovered = compress(trained, plan, task, start=dropped)
     before, broken, after = accuracy(trained), accuracy(dropped.module), accuracy(recovered.module)
     assert before > 0.65

@@ -81,6 +81,15 @@ def test_units_whose_gates_close_go_for_nothing(model, digits, task):
     assert type(trained.head) is nn.Linear
 
 
+def test_gates_leave_what_is_out_of_scope_alone(model, task):
+    compressed = run(model, SparseTrain(epochs=1.0, penalty="gates", strength=1.0), task, where="conv1")
+    assert [change.reason for change in compressed.changes if change.kind == "skipped"] == [
+        "no group in scope that linear layers or convolutions read, all of them trained, can be removed, so that "
+        "nothing is to fade"
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(compressed.module.parameters(), model.parameters(), strict=True))
+
+
 def test_units_spread_and_the_change_is_told(model, task):
     before = unit_norms(model)
     compressed = run(model, SparseTrain(epochs=3.0, strength=3e-3), task)

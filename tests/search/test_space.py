@@ -5,12 +5,15 @@ import pytest
 import torch
 from torch import nn
 
+from trimpoint.build import Build
+from trimpoint.compress import compress
 from trimpoint.filters import Glob
 from trimpoint.method import Stage
 from trimpoint.methods.drop_blocks import DropBlocks
+from trimpoint.methods.factorize_linear import FactorizeLinear
 from trimpoint.methods.prune_channels import PruneChannels
 from trimpoint.parts import Block, Group, Member
-from trimpoint.plan import Step
+from trimpoint.plan import Plan, Step
 from trimpoint.runtimes.base import OperatorTime
 from trimpoint.score import Accuracy
 from trimpoint.search.space import (
@@ -25,6 +28,7 @@ from trimpoint.search.space import (
     share_of,
     structures,
     usable_methods,
+    within,
     work_by_kind,
 )
 from trimpoint.task import Task, cross_entropy
@@ -184,3 +188,25 @@ def test_structures_that_are_forecast_to_break_a_limit_are_not_tried():
     assert [s.merit for s in kept if s.steps] == pytest.approx([0.6, 0.3])
     assert keeping(candidates, start, {"latency_ms": 0.1}) == candidates
     assert keeping(candidates, start, {}) == candidates
+
+
+def test_forecasts_hold_to_what_may_be_changed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 4)).eval()
+    task = Task(calibrate=[(torch.zeros(8), 0)] * 4, loss=cross_entropy)
+    groups = Build(module=model, given=model, task=task).groups()
+    for where in (Glob("0"), Glob("2"), Glob("*")):
+        blocks, inside = within(model, (), groups, where)
+        found = structures([PruneChannels], model, blocks, inside, parameter_leaves(model), where)[-1]
+        (step,) = found.steps
+        made = compress(model, Plan((step,)), task).module
+        left = sum(p.numel() for p in made.parameters()) / sum(p.numel() for p in model.parameters())
+        assert forecast(found, (), parameter_leaves(model))["file_bytes"] == pytest.approx(left, abs=1e-6)
+    assert not proposals(PruneChannels, model, (), within(model, (), groups, Glob("4"))[1], Glob("4"))
+    assert [m.rank_ratio for m in proposals(FactorizeLinear, model, (), groups, Glob("2"))] == [0.75, 0.5, 0.35]
+    assert not proposals(FactorizeLinear, model, (), groups, Glob("1"))
+
+
+def test_shares_of_the_model_itself_count_for_everything_below():
+    assert share_of("a.b", {"": 0.5, "a": 0.5, "a.b": 0.5}) == 0.125
+    assert share_of("", {"": 0.5}) == 0.5

@@ -3,13 +3,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from tests.end_to_end import tiny
+from trimpoint.build import Build
 from trimpoint.errors import StudyError
 from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.plan import Plan, Step
 from trimpoint.search.workbench import Workbench
 from trimpoint.target import Target
+from trimpoint.task import Task, cross_entropy
 from trimpoint.values import Trial
 
 
@@ -102,3 +106,34 @@ def test_the_forecast_of_a_score_without_a_proportion_has_the_certificates_allow
     unseen = resampled_upper(task.score, reference.records, records)[2]
     assert unseen > 0
     assert made.quality.drop_forecast == pytest.approx(forecast_upper(made.quality, n) + unseen * m / n)
+
+
+class Branching(nn.Module):
+    """Look at its data before it runs its core, which is all that is exported."""
+
+    def __init__(self):
+        super().__init__()
+        self.core = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    def forward(self, x):
+        return self.core(x if x.sum().item() > 0 else -x)
+
+
+def test_the_parts_of_a_core_are_told_with_the_paths_of_the_whole_model(tmp_path):
+    data = [(torch.ones(8), 0)] * 8
+    predict = lambda run, inputs: run(inputs)  # noqa: E731
+    task = Task(calibrate=data, select=data, loss=cross_entropy, core="core", predict=predict)
+    bench = Workbench(Branching().eval(), task, Target(), tmp_path, "test")
+    assert [group.name for group in bench.groups()] == ["core.0"]
+    with tiny.replayed():
+        bench.use_baseline(bench.baseline(blank(0, Plan(), "baseline")))
+        modules = {operator.module for operator in bench.operators(Plan())}
+    assert {"core.0", "core.2"} <= modules
+
+
+def test_a_core_that_is_one_layer_has_groups():
+    model = nn.ModuleDict({"core": nn.LSTM(4, 8, batch_first=True)}).eval()
+    task = Task(example=torch.zeros(3, 4), core="core", predict=lambda run, inputs: run(inputs))
+    build = Build(module=model, given=model, task=task)
+    build.core = lambda: (model["core"], torch.zeros(2, 3, 4), "core.")
+    assert {member.path for group in build.groups() for member in group.members} == {"core"}

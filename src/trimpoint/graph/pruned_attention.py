@@ -163,7 +163,12 @@ def why_unprunable(attention: nn.Module) -> str:
         return f"a {type(attention).__name__} is no plain nn.MultiheadAttention"
     if attention.bias_k is not None or attention.bias_v is not None:
         return "it appends learned keys and values (`add_bias_kv`)"
-    return "it appends a key of zeros (`add_zero_attn`)" if attention.add_zero_attn else ""
+    if attention.add_zero_attn:
+        return "it appends a key of zeros (`add_zero_attn`)"
+    if (attention.in_proj_bias is None) != (attention.out_proj.bias is None):
+        return "it has a bias on one side only"
+    hooks = (attention._forward_hooks, attention._forward_pre_hooks, attention._backward_hooks)
+    return "it has hooks, which would be lost" if any(hooks) else ""
 
 
 @torch.no_grad()

@@ -152,7 +152,8 @@ def ranked_together(
 def left(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]) -> dict[str, float]:
     """Return the share of parameters that is left of each module that loses some: path → share.
 
-    What stands for a module also stands for everything below it: shares of modules inside of others are over theirs.
+    What stands for a module also stands for everything below it: shares of modules inside of others are over theirs,
+    and may be above 1 there.
 
     Args:
         model: as it is now.
@@ -174,8 +175,8 @@ def left(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]) -> 
         own = list(module.parameters(recurse=False))
         rest = sum(p.numel() * math.prod(max(0.0, 1 - share) for share in lost[id(p)].values()) for p in own)
         above = math.prod(share for other, share in shares.items() if not other or path.startswith(f"{other}."))
-        share = min(1.0, rest / sum(p.numel() for p in own) / above) if own else 1.0
-        if share < 1:
+        share = rest / sum(p.numel() for p in own) / above if own and above else 1.0
+        if share != 1:
             shares[path] = share
     return shares
 

@@ -8,8 +8,13 @@ from trimpoint.recover.gates import gate_lasso, gated
 from trimpoint.recover.penalty import group_lasso, scale_lasso, scales
 from trimpoint.recover.recipe import Recovery, steps_in_epoch
 
-_PENALTIES = {"groups": (group_lasso, 0.001), "scales": (scale_lasso, 0.02), "gates": (gate_lasso, 0.02)}
-"""What each penalty is, and its usual strength."""
+_STRENGTH = {"groups": 0.001, "scales": 0.02, "gates": 0.02}
+_WHICH = {
+    "scales": " that runs through a batch norm",
+    "gates": " that linear layers or convolutions read, all of them trained,",
+}
+_GATE_STEP = 0.01
+"""By how much a step of AdamW changes a gate at most, whatever the learning rate of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,8 @@ class SparseTrain(Recovery):
         Training time, as for fine-tuning, and a few sums over the weights for each step. Quality, where the strength is
         too large: all units fade then, and a recovery has further to go.
     Needs:
-        `train` data and a loss; coupled groups that can be removed; for `penalty="scales"` batch norms.
+        `train` data and a loss; coupled groups that can be removed; for `penalty="scales"` batch norms; for
+        `penalty="gates"` units that linear layers and convolutions read, not those of recurrent layers.
     Leaves alone:
         Structure and number formats, parameters that do not require a gradient, parameters out of the step's `where`;
         weights that belong to no removable group are trained without the penalty.
@@ -56,15 +62,20 @@ class SparseTrain(Recovery):
 
     def apply(self, ctx: Context) -> None:
         """Train the model in place."""
-        groups = ctx.groups()
+        task, groups = ctx.task, ctx.groups()
         if self.penalty == "scales":
             groups = tuple(group for group in groups if scales(ctx.module, group))
         elif self.penalty == "gates":
-            groups = gated(ctx.module, groups)
-        if not groups:
-            what = {"scales": " that runs through a batch norm", "gates": " that linear layers or convolutions read"}
-            there = what.get(self.penalty, "")
+            groups = gated(ctx.module, groups, ctx.covers)
+        if not groups or task is None:
+            there = _WHICH.get(self.penalty, "")
             return ctx.skip("", f"no group in scope{there} can be removed, so that nothing is to fade")
-        rise = round(self.rise * steps_in_epoch(ctx.task)) if ctx.task is not None else 0
-        lasso, usual = _PENALTIES[self.penalty]
-        return ctx.train(self, penalty=lasso(groups, usual if self.strength is None else self.strength, rise))
+        rise = round(self.rise * steps_in_epoch(task))
+        strength = _STRENGTH[self.penalty] if self.strength is None else self.strength
+        if self.penalty != "gates":
+            lasso = scale_lasso if self.penalty == "scales" else group_lasso
+            return ctx.train(self, penalty=lasso(groups, strength, rise))
+        settings = self.settings(ctx.module, task)
+        pace = _GATE_STEP / settings.lr if settings.optimizer == "adamw" else 1.0
+        inputs = task.example_batch(2)
+        return ctx.train(self, penalty=gate_lasso(groups, strength, rise, pace=pace, inputs=inputs))

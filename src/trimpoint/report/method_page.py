@@ -125,7 +125,7 @@ def _row(data: Mapping[str, Any]) -> tuple[str, ...]:
 
 def method_text(data: Mapping[str, Any]) -> str:
     """Return the head of a method's page: its name, its documentation and its traits."""
-    lines = [f"{name:14}{value}" for name, value in _traits(data)]
+    lines = [f"{name:15}{value}" for name, value in _traits(data)]
     return "\n".join([data["name"], "=" * len(data["name"]), "", data["doc"], "", *lines]) + "\n"
 
 

@@ -18,7 +18,7 @@ from trimpoint.plan import Plan, Step
 from trimpoint.progress import Progress
 from trimpoint.runtimes.base import OperatorTime
 from trimpoint.search.contain import contained, words
-from trimpoint.search.space import Structure, forecast, merit, proposals, structures
+from trimpoint.search.space import Structure, forecast, forecast_shares, merit, proposals, structures, within
 
 WORTH = 0.98
 """A kind of change is worth trying when it brings speed and size together below this share of the baseline."""
@@ -88,7 +88,7 @@ def probe(
         decide: returns the recorded result of a measurement or makes and records it.
         progress: where to tell how far it is.
     """
-    blocks, groups = bench.blocks(), bench.groups()
+    blocks, groups = within(bench.model, bench.blocks(), bench.groups(), where)
     left_out: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
 
@@ -128,11 +128,12 @@ def probe(
     corrections: dict[str, float] = {}
     useful = []
     for kind in kinds:
-        variants = proposals(kind, bench.model, blocks, groups)
+        variants = proposals(kind, bench.model, blocks, groups, where)
         samples = [variants[i] for i in sorted({len(variants) // 2, len(variants) - 1})] if variants else []
         found = []
         for method in samples:
-            alone = Structure(steps=(Step(method, where),), shares=method.forecast(bench.model, blocks, groups))
+            shares = forecast_shares(method, bench.model, blocks, groups, where)
+            alone = Structure(steps=(Step(method, where),), shares=shares)
             expected = forecast(alone, operators, bench.leaves)
             ratios = measured(Plan((*alone.steps, *tail)))
             if not ratios:
@@ -152,7 +153,8 @@ def probe(
     every = structures(useful, bench.model, blocks, groups, bench.leaves, where)
     latencies: dict[Step, float] = {}
     for step in {step for structure in every for step in structure.steps}:
-        changed = Structure(steps=(step,), shares=step.method.forecast(bench.model, blocks, groups))
+        shares = forecast_shares(step.method, bench.model, blocks, groups, where)
+        changed = Structure(steps=(step,), shares=shares)
         ratio = forecast(changed, operators, bench.leaves)["latency_ms"]
         latencies[step] = ratio ** corrections.get(step.method.name, 1.0)
     with_gains = [_with_gains(structure, operators, bench.leaves, latencies) for structure in every]

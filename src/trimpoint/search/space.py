@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from trimpoint.build import type_names
 from trimpoint.filters import EVERYTHING, Filter
 from trimpoint.method import Method, Stage, all_methods
 from trimpoint.parts import Block, Group
@@ -81,9 +82,49 @@ def usable_methods(
     return usable, left_out
 
 
-def proposals(kind: type[Method], model: nn.Module, blocks: Sequence[Block], groups: Sequence[Group]) -> list[Method]:
-    """Return the variants of a method that would change something on a model, weakest first."""
-    return [method for method in kind.variants(blocks, groups) if method.forecast(model, blocks, groups)]
+def within(
+    model: nn.Module, blocks: Sequence[Block], groups: Sequence[Group], where: Filter
+) -> tuple[tuple[Block, ...], tuple[Group, ...]]:
+    """Return the blocks that `where` matches, and the groups all of whose producing modules it matches."""
+
+    def inside(path: str) -> bool:
+        return where == EVERYTHING or where.matches(path, type_names(model.get_submodule(path)))
+
+    producers = {group.name: [m.path for m in group.members if m.role == "out"] for group in groups}
+    return (
+        tuple(block for block in blocks if inside(block.path)),
+        tuple(group for group in groups if all(map(inside, producers[group.name]))),
+    )
+
+
+def forecast_shares(
+    method: Method, model: nn.Module, blocks: Sequence[Block], groups: Sequence[Group], where: Filter = EVERYTHING
+) -> Mapping[str, float]:
+    """Return what a method's forecast says of what is in scope, given the blocks and groups in scope."""
+    shares = method.forecast(model, blocks, groups)
+    if where == EVERYTHING or method.traits.acts_on != "modules":
+        return shares
+    return {path: s for path, s in shares.items() if where.matches(path, type_names(model.get_submodule(path)))}
+
+
+def proposals(
+    kind: type[Method],
+    model: nn.Module,
+    blocks: Sequence[Block],
+    groups: Sequence[Group],
+    where: Filter = EVERYTHING,
+) -> list[Method]:
+    """Return the variants of a method that would change something on a model, weakest first.
+
+    Args:
+        kind: the method.
+        model: unmodified.
+        blocks: in scope, as the groups.
+        groups: from `within`.
+        where: what may be changed.
+    """
+    variants = kind.variants(blocks, groups)
+    return [method for method in variants if forecast_shares(method, model, blocks, groups, where)]
 
 
 def structures(
@@ -99,17 +140,18 @@ def structures(
     Args:
         kinds: structural methods, in the order of their stages.
         model: unmodified.
-        blocks: of the model.
-        groups: of the model.
+        blocks: in scope, as the groups.
+        groups: from `within`.
         leaves: paths of the modules that have weights, with their numbers of parameters.
         where: what may be changed.
     """
-    menus: list[list[Method | None]] = [[None, *proposals(kind, model, blocks, groups)] for kind in kinds]
+    menus: list[list[Method | None]] = [[None, *proposals(kind, model, blocks, groups, where)] for kind in kinds]
     while np.prod([len(menu) for menu in menus]) > MOST_STRUCTURES:
         longest = max(menus, key=len)
         longest[1:] = longest[1::2]
     weights = np.array(list(leaves.values()), dtype=np.float64) ** 0.25
-    expected = {method: method.forecast(model, blocks, groups) for menu in menus for method in menu if method}
+    chosen = [method for menu in menus for method in menu if method]
+    expected = {method: forecast_shares(method, model, blocks, groups, where) for method in chosen}
     result = []
     for choice in product(*menus):
         methods = [method for method in choice if method is not None]
@@ -125,8 +167,8 @@ def structures(
 
 def share_of(path: str, shares: Mapping[str, float]) -> float:
     """Return the share of its work that the module at `path` keeps: the product over its parents and itself."""
-    parts = path.split(".")
-    return float(np.prod([shares.get(".".join(parts[: end + 1]), 1.0) for end in range(len(parts))]))
+    parts = path.split(".") if path else []
+    return float(np.prod([shares.get(".".join(parts[:end]), 1.0) for end in range(len(parts) + 1)]))
 
 
 def parameter_leaves(model: nn.Module) -> dict[str, int]:

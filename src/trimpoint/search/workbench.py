@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from trimpoint.build import Build
 from trimpoint.compress import Compressed, compress
 from trimpoint.data import as_numpy
 from trimpoint.errors import StudyError
-from trimpoint.graph import find_blocks, find_groups
 from trimpoint.measure.environment import cpu_name
 from trimpoint.measure.inputs import capture, core_inputs
 from trimpoint.measure.latency import LatencyResult, measure_latency
@@ -72,6 +72,7 @@ class Workbench:
         self.runtime = get_runtime(target.runtime)
         self.inputs = core_inputs(model, task, target)
         self.leaves = parameter_leaves(model)
+        self._unmodified = Build(module=model, given=model, task=task)
         self.overhead_seconds = 8.0
         self._calibration: list[Any] | None = None
         self._baseline: tuple[ArtifactFiles, Evaluation | None] | None = None
@@ -82,11 +83,11 @@ class Workbench:
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the blocks of the unmodified model that can be bypassed."""
-        return find_blocks(self.model, self.task.example_batch(2))
+        return self._unmodified.blocks()
 
     def groups(self) -> tuple[Group, ...]:
         """Return the coupled groups of the unmodified model that can be cut."""
-        return tuple(g for g in find_groups(self.model, self.task.example_batch(2)) if not g.reason)
+        return tuple(group for group in self._unmodified.groups() if not group.reason)
 
     # Trials
 
@@ -145,7 +146,9 @@ class Workbench:
         """Return the operator times of a plan without recovery, with paths of the unmodified model's modules."""
         files = self._lowered(self.stage(plan, 1.0))
         inputs = self.inputs.shapes[self.inputs.middle]
-        return self.runtime.operators(files.directory, files.lowered, inputs, threads=self.target.threads)
+        found = self.runtime.operators(files.directory, files.lowered, inputs, threads=self.target.threads)
+        core = "" if self.task.core is None else f"{self.task.core}."
+        return [replace(operator, module=(core + operator.module).rstrip(".")) for operator in found]
 
     # Stages
 

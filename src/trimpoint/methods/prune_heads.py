@@ -38,7 +38,8 @@ class PruneHeads(UnitPruning):
         Example inputs to find the heads; for what is measured on data also `calibrate` data, and a loss for gradients.
     Leaves alone:
         The last head of each attention; attention whose weights are returned, whose code or a shared configuration
-        fixes the number of heads, or which learns keys and values of its own; each with its reason.
+        fixes the number of heads, which learns keys and values of its own, or which has hooks. On its fast path
+        `nn.TransformerEncoder` gives zeros at padded positions; behind a replaced attention it no longer does.
 
     References:
         Michel et al., "Are sixteen heads really better than one?" (2019); Voita et al., "Analyzing multi-head

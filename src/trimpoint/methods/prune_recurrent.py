@@ -55,7 +55,6 @@ class PruneRecurrent(UnitPruning):
         requires=Fact.FLOAT_WEIGHT,
         removes=Fact.ORIGINAL_SHAPE,
         reduces=frozenset({"params", "macs", "file_bytes"}),
-        status="experimental",
     )
 
     def unfit(self, model: nn.Module, alike: Sequence[Group]) -> str:  # noqa: ARG002

@@ -76,14 +76,36 @@ def model():
 def test_what_was_seen_gives_the_same_answers(model, task):
     result = made(model, task)
     assert isinstance(result.module.words, PrunedVocabulary)
-    assert result.module.words.rows == len(seen(task)) + 1
+    assert result.module.words.rows == len(seen(task))
     assert torch.equal(result.module(ids(30, 40)), model(ids(30, 40)))
-    assert torch.equal(result.module.words.table.weight[:-1], model.words.weight[seen(task)])
+    assert torch.equal(result.module.words.table.weight, model.words.weight[seen(task)])
     assert torch.equal(result.module.places.weight, model.places.weight)
 
 
-def test_what_was_not_seen_is_the_mean_of_what_went(model, task):
+def test_what_was_not_seen_reads_the_most_similar_row(model, task):
+    known = seen(task)
+    with torch.no_grad():
+        model.words.weight[200] = 2 * model.words.weight[known[5]]
     result = made(model, task)
+    assert result.module.words.rows == len(known)
+    assert torch.equal(result.module.words(torch.tensor([200]))[0], model.words.weight[known[5]])
+    centred = model.words.weight - model.words.weight.mean(0)
+    similar = nn.functional.cosine_similarity(centred[:, None], centred[None, known], dim=2).argmax(1)
+    read = result.module.words(torch.arange(WORDS))
+    expected = model.words.weight[torch.tensor(known)[similar]]
+    gone = [i for i in range(WORDS) if i not in known]
+    assert torch.equal(read[gone], expected[gone])
+
+
+def test_padding_is_similar_to_nothing(task):
+    torch.manual_seed(0)
+    result = made(Classifier(padding_idx=0).eval(), task)
+    words = result.module.words
+    assert int((words.remap == words.padding_row).sum()) == 1
+
+
+def test_what_was_not_seen_is_the_mean_of_what_went(model, task):
+    result = made(model, task, others="mean")
     gone = [i for i in range(WORDS) if i not in seen(task)]
     expected = model.words.weight[gone].mean(0)
     for unknown in (gone[0], gone[-1]):
@@ -103,7 +125,7 @@ def test_the_cost_is_told(model, task):
 def test_rare_words_go_as_well(model, task):
     counts = torch.bincount(torch.cat([x for role in ("train", "calibrate") for x, _ in task.data(role)]))
     result = made(model, task, min_count=6)
-    assert result.module.words.rows == int((counts >= 6).sum()) + 1
+    assert result.module.words.rows == int((counts >= 6).sum())
 
 
 def test_an_id_of_ones_own_stands_for_the_unknown(model, task):

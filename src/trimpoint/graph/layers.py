@@ -110,7 +110,7 @@ class LowRankRecurrent(nn.Module):
 
 
 class PrunedVocabulary(nn.Module):
-    """An embedding that holds some of its rows; every other id reads the last row, the unknown one.
+    """An embedding that holds some of its rows; every other id reads one of them.
 
     Args:
         num_embeddings: number of ids, as before.

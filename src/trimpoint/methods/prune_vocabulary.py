@@ -14,6 +14,8 @@ from trimpoint.signature import flatten
 from trimpoint.task import Role, Task
 
 _ID_BYTES = 4
+_CHUNK = 1024
+"""Rows that are compared at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +23,15 @@ class PruneVocabulary(Method):
     """Keep the rows of a vocabulary whose ids occur in the training and calibration data; the others become unknown.
 
     The model goes on taking the same ids: a table of four bytes an id leads each to its row, and those without a row
-    to one that stands for the unknown: the mean of the rows that went, or the row of an id of your own.
+    to one that stands for it: the most similar one that is left, the mean of those that went, or that of an id of your
+    own.
 
     When it pays:
         For a model that was pretrained on a large vocabulary and serves a narrow task: the embedding is often half of
         the file. It makes nothing faster: a row is read by its number, however many there are.
     What it costs:
-        Words that were never seen in training lose their meaning. The change says what share of the tokens in `select`
-        that concerns: where it is more than a few in a thousand, give more data.
+        Words that were never seen in training lose their own meaning for that of a similar word. The change says what
+        share of the tokens in `select` that concerns: where it is more than a few in a thousand, give more data.
     Needs:
         `train` data; ids that are an input of the model as they are.
     Leaves alone:
@@ -45,10 +48,14 @@ class PruneVocabulary(Method):
         bounds=Bounds(ge=0),
         noop=0,
     )
+    others: str = param(
+        "nearest",
+        doc="what ids without a row read: each the row that is most similar to its own (cosine, the mean of all rows "
+        "removed), or all of them one more row, the mean of those that go",
+        choices=("nearest", "mean"),
+    )
     unknown: int | None = param(
-        None,
-        doc="id whose row stands for all ids without one; by default the mean of their rows",
-        bounds=Bounds(ge=0),
+        None, doc="id whose row stands for all ids without one, whatever `others` says", bounds=Bounds(ge=0)
     )
 
     traits: ClassVar[Traits] = Traits(
@@ -112,31 +119,45 @@ class PruneVocabulary(Method):
         reason = f"{gone:,} of {len(kept):,} rows go"
         if task.has("select"):
             reason += f"; {share:.2%} of the ids in `select` are unknown now"
-        ctx.replace(site.path, pruned(embedding, kept, self.unknown), reason)
+        ctx.replace(site.path, pruned(embedding, kept, self.unknown, nearest=self.others == "nearest"), reason)
 
 
 @torch.no_grad()
-def pruned(embedding: nn.Embedding, kept: Tensor, unknown: int | None = None) -> PrunedVocabulary:
-    """Return an embedding with the rows `kept`, and a last one for all other ids.
+def pruned(
+    embedding: nn.Embedding, kept: Tensor, unknown: int | None = None, *, nearest: bool = False
+) -> PrunedVocabulary:
+    """Return an embedding with the rows `kept`, to which the other ids lead as well.
 
     Args:
         embedding: `[num_embeddings, embedding_dim]`.
         kept: `[num_embeddings]`, boolean, not all of them true.
         unknown: id whose row the other ids read; by default a row of its own, the mean of those that go.
+        nearest: without `unknown`, each other id reads the row that is most similar to its own.
     """
-    rows = embedding.weight[kept]
-    new = torch.cumsum(kept, 0) - 1
-    if unknown is None:
+    rows, new = embedding.weight[kept], torch.cumsum(kept, 0) - 1
+    padding = None if embedding.padding_idx is None else int(new[embedding.padding_idx])
+    if unknown is None and not nearest:
         mean = embedding.weight[~kept].double().mean(0, keepdim=True).to(rows.dtype)
         rows = torch.cat([rows, mean])
-    other = len(rows) - 1 if unknown is None else int(new[unknown])
-    padding = None if embedding.padding_idx is None else int(new[embedding.padding_idx])
+    remap = torch.where(kept, new, len(rows) - 1 if unknown is None else int(new[unknown]))
+    if unknown is None and nearest:
+        remap[~kept] = _nearest(embedding.weight, kept, padding)
     with torch.random.fork_rng(devices=[]):
         made = PrunedVocabulary(embedding.num_embeddings, embedding.embedding_dim, len(rows), padding)
     result = made.to(rows.device, rows.dtype)
     result.table.weight.copy_(rows).requires_grad_(embedding.weight.requires_grad)
-    result.remap.copy_(torch.where(kept, new, other))
+    result.remap.copy_(remap)
     return result
+
+
+def _nearest(weight: Tensor, kept: Tensor, padding: int | None) -> Tensor:
+    """Return for each row that goes the number of the most similar one that stays, padding excepted, `[gone]`."""
+    centred = weight.float() - weight.float().mean(0)
+    rows = nn.functional.normalize(centred, dim=1)
+    left = rows[kept].T
+    if padding is not None and left.shape[1] > 1:
+        left[:, padding] = 0
+    return torch.cat([(part @ left).argmax(1) for part in torch.split(rows[~kept], _CHUNK)])
 
 
 def _leaves_read(model: nn.Module, task: Task, paths: Sequence[str]) -> dict[str, list[int]]:

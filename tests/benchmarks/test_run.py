@@ -139,3 +139,18 @@ def test_the_scenarios_here_have_a_question_and_a_run(runner: ModuleType) -> Non
         scenario = runner.load(name)
         assert scenario.QUESTION.endswith("?")
         assert callable(scenario.run)
+
+
+def test_the_page_of_criteria_ranks_them_against_chance(runner: ModuleType) -> None:
+    scenario = runner.load("importance")
+    rows = [{"system": "unmodified", "select": 0.9491}]
+    for ratio in scenario.RATIOS:
+        for name, values in (("taylor", [0.94, 0.93, 0.95]), ("random", [0.92, 0.91, 0.9]), ("l1", [0.91, 0.92, 0.93])):
+            by_seed = {"pruned_by_seed": [0.5], "settled_by_seed": [0.8], "recovered_by_seed": values}
+            means = {"pruned": 0.5, "settled": 0.8, "recovered": sum(values) / 3}
+            rows.append({"system": name, "importance": name, "ratio": ratio, **means, **by_seed})
+    page = scenario.page({"rows": rows})
+    assert "94.91" in page
+    assert page.count("| taylor | 50.00 | 80.00 | 94.00 (93.00–95.00) | +3.00 |") == len(scenario.RATIOS)
+    assert "| random | 50.00 | 80.00 | 91.00 (90.00–92.00) | +0.00 |" in page
+    assert "At 25 % every seed of taylor beats every random draw after recovery." in page

@@ -5,13 +5,13 @@ What a system came to is kept in a directory of its own, so that a scenario that
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from trimpoint.compress import Compressed
 from trimpoint.data import as_numpy
@@ -235,12 +235,20 @@ class Comparison:
         return rows
 
 
-def recovered(student: nn.Module, teacher: nn.Module, task: Task, recipe: Recovery, seed: int = 0) -> nn.Module:
+def recovered(
+    student: nn.Module,
+    teacher: nn.Module,
+    task: Task,
+    recipe: Recovery,
+    seed: int = 0,
+    cache: MutableMapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Train a network of any origin, in place, as long as `recipe` says, on what the teacher answers.
 
-    The same data, schedule and number of steps as `Distill`, without its hints, which need blocks in common.
+    The same data, schedule and number of steps as `Distill`, without its hints, which need blocks in common. With a
+    `cache`, the teacher is asked once for what several networks are taught.
     """
-    lesson = DistillationLoss(task, Teacher(teacher, None, task.core), Distillation(temperature=2.0, views=0))
+    lesson = DistillationLoss(task, Teacher(teacher, cache, task.core), Distillation(temperature=2.0, views=0))
     train(
         student,
         lesson,

@@ -4,6 +4,7 @@ What a system came to is kept in a directory of its own, so that a scenario that
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,12 @@ class Comparison:
         sign = 1 if self.task.score.better == "higher" else -1
         self.reference = max((UNMODIFIED, *names), key=lambda name: sign * self.systems[name].evaluation.value)
         return self.reference
+
+    def expected_bound(self, name: str) -> float:
+        """Return the upper bound of a system's drop if the `certify` samples show the same as those of `select` do."""
+        row, sizes = self._figures(name), [len(self.task.data(role)) for role in ("select", "certify")]
+        drop, upper = row["drop_select"] or 0.0, row["drop_select_upper95"] or 0.0
+        return float(drop + (upper - drop) * math.sqrt(sizes[0] / sizes[1]))
 
     def _keep(self, directory: Path, lowered: Lowered, facts: Mapping[str, Any]) -> None:
         (directory / LOWERED).write_text(json.dumps(to_data(lowered)), encoding="utf-8")

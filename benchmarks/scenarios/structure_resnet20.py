@@ -1,8 +1,6 @@
 """Structure alone on ResNet-20 and CIFAR-10: blocks and aligned channels against Torch-Pruning, float32."""
 
 import copy
-import math
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,9 +67,8 @@ def run(resume_dir: Path) -> dict[str, Any]:
     )
     timed = comparison.timed()
     rows = {row["system"]: row for row in comparison.rows(timed)}
-    fewer = math.sqrt(len(task.data("select")) / len(task.data("certify")))
-    fitting = [name for name in (f"{name}, hints" for name in ours) if _expected_bound(rows[name], fewer) <= MARGIN]
-    finalists = sorted(fitting, key=lambda name: -rows[name]["latency_ratio"])[:FINALISTS]
+    fitting = [name for name in (f"{name}, hints" for name in ours) if comparison.expected_bound(name) <= MARGIN]
+    finalists = sorted(fitting, key=lambda name: -timed[name].ratio)[:FINALISTS]
     certificates = comparison.certify(finalists, MARGIN, "structure-resnet20") if finalists else {}
     for name in finalists:
         for seed in SEEDS[1:]:
@@ -93,12 +90,6 @@ def run(resume_dir: Path) -> dict[str, Any]:
             ),
         ],
     }
-
-
-def _expected_bound(row: Mapping[str, Any], fewer: float) -> float:
-    """Return what the bound of a drop on `select` would be with more samples; `fewer` is the root of their ratio."""
-    drop = float(row["drop_select"])
-    return drop + (float(row["drop_select_upper95"]) - drop) * fewer
 
 
 def _small(model: nn.Module, task: Task, recovery: Distill) -> nn.Module:

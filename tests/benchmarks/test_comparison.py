@@ -46,6 +46,18 @@ def test_drops_are_against_the_best_of_the_original_and_the_control(tmp_path, ta
     assert found.certify([UNMODIFIED], 0.01, "test") == certificates
 
 
+def test_the_expected_bound_comes_nearer_with_more_samples(tmp_path, task):
+    few, _ = torch.utils.data.random_split(task.data("select"), [100, 300], torch.Generator().manual_seed(0))
+    bounds = []
+    for name, chosen in (("same", task), ("four times as many", task.with_(select=few))):
+        found = Comparison(tmp_path / name, network(), chosen)
+        figures = found.add("worse", lambda: network(0.6))
+        bounds.append((figures["drop_select"], figures["drop_select_upper95"], found.expected_bound("worse")))
+    assert bounds[0][2] == bounds[0][1]
+    drop, upper, expected = bounds[1]
+    assert expected == pytest.approx((drop + upper) / 2)
+
+
 def test_what_was_made_is_read_back_and_not_mixed(tmp_path, task):
     first = Comparison(tmp_path, network(), task)
     plan = Plan().then(QuantizeStatic())

@@ -23,10 +23,10 @@ from trimpoint.measure.latency import LatencyResult, measure_latency
 from trimpoint.measure.process import ArtifactFiles
 from trimpoint.measure.profile import static_profile
 from trimpoint.measure.quality import Evaluation, evaluate, quality
+from trimpoint.methods.distill import Distill
 from trimpoint.recover import train
 from trimpoint.recover.batches import epoch_batches, mix
 from trimpoint.recover.distill import Distillation, DistillationLoss, Teacher
-from trimpoint.recover.recipe import Recovery
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.base import Lowered
 from trimpoint.runtimes.export import export
@@ -246,20 +246,23 @@ def recovered(
     student: nn.Module,
     teacher: nn.Module,
     task: Task,
-    recipe: Recovery,
+    recipe: Distill,
     seed: int = 0,
     cache: MutableMapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Train a network of any origin, in place, as long as `recipe` says, on what the teacher answers.
+    """Train a network of any origin, in place, on what the teacher answers.
 
-    The same data, schedule and number of steps as `Distill`, without its hints, which need blocks in common. With a
-    `cache`, the teacher is asked once for what several networks are taught.
+    The same data, views, schedule and number of steps as by a plan, without the hints, which need blocks in common.
+    With a `cache`, the teacher is asked once for what several networks are taught.
     """
-    lesson = DistillationLoss(task, Teacher(teacher, cache, task.core), Distillation(temperature=2.0, views=0))
+    settings = Distillation(temperature=recipe.temperature, alpha=recipe.alpha, views=recipe.views)
+    answers = ({} if cache is None else cache) if recipe.views else None
     train(
         student,
-        lesson,
-        lambda epoch: (batch for _, batch in epoch_batches(task, mix(seed, epoch))),
+        DistillationLoss(task, Teacher(teacher, answers, task.core), settings),
+        lambda epoch: (
+            batch for _, batch in epoch_batches(task, mix(seed, epoch % recipe.views if recipe.views else epoch))
+        ),
         recipe.settings(student, task, seed=seed),
     )
     return student.eval()

@@ -27,7 +27,7 @@ SEEDS = (0, 1, 2)
 CONTROL = "unmodified, trained as long"
 QUARTER = PruneChannels(ratio=0.25, round_to=8)
 STRUCTURES: dict[str, tuple[Method, ...]] = {
-    "2 of 13 layers removed": (DropBlocks(blocks=("layers.7", "layers.9")),),
+    "4 of 13 layers removed, early and late": (DropBlocks(blocks=("layers.2", "layers.4", "layers.7", "layers.9")),),
     "4 of 13 layers removed": (DropBlocks(blocks=("layers.7", "layers.8", "layers.9", "layers.10")),),
     "6 of 13 layers removed": (
         DropBlocks(blocks=("layers.2", "layers.4", "layers.7", "layers.8", "layers.9", "layers.10")),

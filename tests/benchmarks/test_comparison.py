@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from benchmarks.comparison import UNMODIFIED, Comparison, best_ratio
+from benchmarks.comparison import UNMODIFIED, Comparison, best_ratio, recovered
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from trimpoint.compress import compress
 from trimpoint.errors import StudyError
+from trimpoint.methods.distill import Distill
 from trimpoint.methods.quantize_static import QuantizeStatic
-from trimpoint.plan import Plan
+from trimpoint.plan import Plan, Step
 from trimpoint.task import Task, cross_entropy
 
 
@@ -56,6 +57,15 @@ def test_the_expected_bound_comes_nearer_with_more_samples(tmp_path, task):
     assert bounds[0][2] == bounds[0][1]
     drop, upper, expected = bounds[1]
     assert expected == pytest.approx((drop + upper) / 2)
+
+
+@pytest.mark.parametrize("views", [0, 2])
+def test_a_network_of_any_origin_learns_as_in_a_plan(task, views):
+    recipe = Distill(epochs=3.0, hints=0.0, views=views, alpha=0.7, temperature=3.0)
+    by_plan = compress(network(0.3), Plan((Step(recipe),), seed=4), task).module
+    by_hand = recovered(network(0.3), network(0.3), task, recipe, seed=4)
+    assert not torch.equal(by_hand[0].weight, network(0.3)[0].weight)
+    assert torch.equal(by_hand[0].weight, by_plan[0].weight)
 
 
 def test_what_was_made_is_read_back_and_not_mixed(tmp_path, task):

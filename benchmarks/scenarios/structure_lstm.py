@@ -37,7 +37,7 @@ from trimpoint.values import Certificate
 
 QUESTION = "What do half of an LSTM's hidden units cost in accuracy, and what does their removal bring in time?"
 SEEDS = (0, 1, 2)
-RECOVERY = Distill(epochs=40.0, precision="bfloat16")
+RECOVERY = Distill(epochs=40.0, alpha=0.5, precision="bfloat16")
 MARGIN = 0.01
 ROUNDS = 31
 INT8, TRAINED_ON, PRUNED, BY_HAND = "one-line int8", "trained on", "half of the hidden units removed", "128 by hand"

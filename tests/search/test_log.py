@@ -1,8 +1,10 @@
+import signal
 import subprocess
 import sys
 import textwrap
 
 import pytest
+from sqlalchemy import event
 
 from tests.search.trials import INT8, trial
 from trimpoint.errors import StudyError
@@ -76,3 +78,21 @@ def test_the_file_is_an_ordinary_optuna_study(tmp_path):
     assert INT8.role == "one_line_int8"
     study = optuna.load_study(study_name="trimpoint", storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert study.trials[0].values == [3.0, 70.0, -0.8]
+
+
+@pytest.mark.parametrize(("pressed", "kept"), [(1, True), (2, False)])
+def test_an_interrupt_waits_for_the_statement_and_a_second_one_does_not(tmp_path, pressed, kept):
+    log = TrialLog.in_directory(tmp_path, create=True)
+    usual = signal.getsignal(signal.SIGINT)
+
+    def press(*_):
+        nonlocal pressed
+        while pressed > 0:
+            pressed -= 1
+            signal.raise_signal(signal.SIGINT)
+
+    event.listen(log._storage.engine, "before_cursor_execute", press)
+    with pytest.raises(KeyboardInterrupt):
+        log.note("key", 1)
+    assert signal.getsignal(signal.SIGINT) is usual
+    assert ("key" in TrialLog.in_directory(tmp_path).settings()) is kept

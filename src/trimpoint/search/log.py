@@ -5,8 +5,11 @@ Whatever was committed survives a kill at any moment. The file opens in optuna-d
 """
 
 import json
+import signal
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +92,8 @@ class TrialLog:
         from sqlalchemy.exc import DatabaseError
 
         try:
-            return action()
+            with _interrupts_held():
+                return action()
         except (self._optuna.exceptions.StorageInternalError, DatabaseError) as error:
             reason = getattr(error.__cause__ or error, "orig", None) or error.__cause__ or error
             raise StorageError(
@@ -153,3 +157,31 @@ class TrialLog:
 
     def _trials(self) -> list[Any]:
         return self._guard(lambda: self._study.get_trials(deepcopy=False))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended; a second one does not wait, as the storage may hang.
+
+    SQLAlchemy closes a connection under a statement that is cut short, and says so at length.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or usual is None:
+        yield
+        return
+
+    held = False
+
+    def hold(number: int, frame: Any) -> None:
+        nonlocal held
+        if held and callable(usual):
+            usual(number, frame)
+        held = True
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if held:
+            signal.raise_signal(signal.SIGINT)

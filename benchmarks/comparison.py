@@ -7,14 +7,15 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.run import commit
 from torch import Tensor, nn
 
-from trimpoint.compress import Compressed
+from trimpoint.compress import Compressed, compress
 from trimpoint.data import as_numpy
 from trimpoint.errors import StudyError
 from trimpoint.measure.environment import instruction_set
@@ -24,6 +25,7 @@ from trimpoint.measure.process import ArtifactFiles
 from trimpoint.measure.profile import static_profile
 from trimpoint.measure.quality import Evaluation, evaluate, quality
 from trimpoint.methods.distill import Distill
+from trimpoint.plan import Plan
 from trimpoint.recover import train
 from trimpoint.recover.batches import epoch_batches, mix
 from trimpoint.recover.distill import Distillation, DistillationLoss, Teacher
@@ -40,6 +42,7 @@ from trimpoint.trust.ledger import Ledger
 from trimpoint.values import Certificate, from_data, to_data
 
 UNMODIFIED = "unmodified"
+FINALISTS, OTHER_SEEDS = 2, (1, 2)
 FACTS, RECORDS, CLAIM = "facts.json", "records.npy", "compared.json"
 Make = Callable[[], nn.Module | Compressed]
 
@@ -62,6 +65,7 @@ class Comparison:
 
     Attributes:
         reference: the system that drops are against: the unmodified model, until `refer_to` finds a better one.
+        answers: of teachers, shared by all that see the same views.
 
     Raises:
         StudyError: if `out` holds systems of another model or other data.
@@ -70,27 +74,33 @@ class Comparison:
     def __init__(self, out: Path, model: nn.Module, task: Task, target: Target | None = None) -> None:
         self.out, self.model, self.task, self.target = out, model, task, target or Target()
         self.reference = UNMODIFIED
+        self.answers: dict[str, Tensor] = {}
         _claim(out, {"model": model_digest(model), "select": task.fingerprint("select"), "target": str(self.target)})
         self.runtime = get_runtime(self.target.runtime)
         self.inputs: CoreInputs = core_inputs(model, task, self.target)
         self.systems: dict[str, _Made] = {}
         self.add(UNMODIFIED, lambda: model)
 
-    def add(self, name: str, make: Make, **facts: Any) -> Mapping[str, Any]:
+    def add(self, name: str, make: Plan | Make, recipe: str = "", **facts: Any) -> Mapping[str, Any]:
         """Make, lower and score a system, unless that was done before.
 
         Args:
             name: of the system.
-            make: returns a module, or what a plan made of the model.
+            make: a plan for the unmodified model, or what returns a module, or what a plan made of one.
+            recipe: all that `make` depends on besides model and task; a plan says it itself.
             facts: to be put into its row.
 
         Returns:
             its figures so far: `params`, `macs`, `file_bytes`, `accuracy` and `drop` on `select`, and `facts`.
+
+        Raises:
+            StudyError: if a system of that name was made by another recipe.
         """
         directory = self.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        recipe = make.hash if isinstance(make, Plan) else recipe
         if not (directory / FACTS).exists():
             directory.mkdir(parents=True, exist_ok=True)
-            made = make()
+            made = compress(self.model, make, self.task, cache=self.answers) if isinstance(make, Plan) else make()
             module = made.module if isinstance(made, Compressed) else made
             lowered = self.runtime.lower(
                 export(self.task.core_of(module.eval()), self.inputs.example, self.inputs.dims),
@@ -101,8 +111,10 @@ class Comparison:
                 session = self.runtime.open(directory, lowered, threads=self.target.threads)
                 require_parity(self.task.core_of(module), session, list(self.inputs.shapes.values()))
             static, _ = static_profile(self.task.core_of(module), self.inputs)
-            self._keep(directory, lowered, facts | {metric: static[metric].value for metric in ("params", "macs")})
-        self._read(name, directory)
+            plan = {"plan": str(make)} if isinstance(make, Plan) else {}
+            facts = plan | facts | {metric: static[metric].value for metric in ("params", "macs")}
+            self._keep(directory, lowered, facts | {"recipe": recipe, "commit": commit()})
+        self._read(name, directory, recipe)
         return self._figures(name)
 
     def refer_to(self, *names: str) -> str:
@@ -127,11 +139,14 @@ class Comparison:
         size = ArtifactFiles(directory=directory, lowered=lowered).bytes
         (directory / FACTS).write_text(json.dumps({**facts, "file_bytes": size}), encoding="utf-8")
 
-    def _read(self, name: str, directory: Path) -> None:
+    def _read(self, name: str, directory: Path, recipe: str = "") -> None:
+        facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
+        if facts.pop("recipe", "") != recipe:
+            raise StudyError(f"{name!r} in {directory} was made by another recipe.", "remove the directory")
         records = np.load(directory / RECORDS, allow_pickle=False)
         self.systems[name] = _Made(
             files=ArtifactFiles(directory=directory, lowered=read_lowered(directory)),
-            facts=json.loads((directory / FACTS).read_text(encoding="utf-8")),
+            facts=facts,
             evaluation=Evaluation(
                 score=self.task.score, role="select", records=records, value=self.task.score.aggregate(records)
             ),
@@ -190,11 +205,17 @@ class Comparison:
             finalists: at most three systems, fixed before any of them is looked at.
             margin: the drop that is allowed.
             key: names this set of finalists.
+
+        Raises:
+            StudyError: if they were named with another margin or reference.
         """
-        chosen = self.out / f"finalists-{key}.json"
+        chosen, terms = self.out / f"finalists-{key}.json", {"margin": margin, "reference": self.reference}
         if not chosen.exists():
-            chosen.write_text(json.dumps(list(finalists)), encoding="utf-8")
-        finalists = json.loads(chosen.read_text(encoding="utf-8"))
+            chosen.write_text(json.dumps({**terms, "finalists": list(finalists)}), encoding="utf-8")
+        named = json.loads(chosen.read_text(encoding="utf-8"))
+        finalists = named.pop("finalists")
+        if named != terms:
+            raise StudyError(f"The finalists in {chosen} were named for {named}. Now it is {terms}.")
         certificates = {}
         for name in finalists:
             made, base = self.systems[name].files, self.systems[self.reference].files
@@ -217,6 +238,34 @@ class Comparison:
             file.write_text(json.dumps(to_data(certificates[name])), encoding="utf-8")
         return certificates
 
+    def examine(
+        self, plans: Mapping[str, Plan], timed: Mapping[str, LatencyResult], margin: float, key: str
+    ) -> tuple[dict[str, Certificate], str | None]:
+        """Certify the fastest systems that are likely to pass, and repeat the fastest that does with other seeds.
+
+        All finalists are named before any of them is looked at, by what they show on `select` alone.
+
+        Args:
+            plans: name → how a system was made, with seed 0.
+            timed: what `timed` returned.
+            margin: the drop that is allowed.
+            key: names this set of finalists.
+
+        Returns:
+            the certificates, and the fastest system that passed and whose drop on `select`, in the mean of all seeds,
+            is within the margin too.
+        """
+        fitting = sorted((n for n in plans if self.expected_bound(n) <= margin), key=lambda n: -timed[n].ratio)
+        certificates = self.certify(fitting[:FINALISTS], margin, key) if fitting else {}
+        for name in sorted(certificates, key=lambda name: -timed[name].ratio):
+            if certificates[name].status != "passed":
+                continue
+            others = [self.add(f"{name}, seed {seed}", replace(plans[name], seed=seed)) for seed in OTHER_SEEDS]
+            drops = [figures["drop_select"] or 0.0 for figures in (self._figures(name), *others)]
+            if float(np.mean(drops)) <= margin:
+                return certificates, name
+        return certificates, None
+
     def rows(
         self, timed: Mapping[str, LatencyResult], certificates: Mapping[str, Certificate] | None = None
     ) -> list[dict[str, Any]]:
@@ -237,6 +286,8 @@ class Comparison:
                     "drop_certified": certificate.drop,
                     "drop_certified_upper": certificate.upper,
                     "n_certified": certificate.n,
+                    "level_certified": certificate.level,
+                    "looks_certified": certificate.looks,
                 }
             rows.append(row)
         return rows

@@ -5,20 +5,16 @@ as well: the early blocks cost time, the late ones parameters. The collapse righ
 is left after recovery, because the one predicts little of the other. Nothing is timed.
 """
 
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from benchmarks.comparison import UNMODIFIED, Comparison, goal
-from torch import nn
 
 from trimpoint import demo
-from trimpoint.compress import Compressed, compress
 from trimpoint.methods.distill import Distill
 from trimpoint.methods.drop_blocks import DropBlocks
 from trimpoint.plan import Plan, Step
-from trimpoint.task import Task
 
 QUESTION = "Which blocks of a ResNet-20 can go: what do the rules know that an even spacing does not?"
 RULES = ("even", "last", "influence", "loss", "greedy")
@@ -61,13 +57,8 @@ def run(resume_dir: Path) -> dict[str, Any]:
 def row(systems: Comparison, rule: str) -> Row:
     """Return what a rule comes to: accuracy on `select` right after removal, and after recovery from each seed."""
     drop = Step(DropBlocks(ratio=RATIO, rank=rule))
-    pruned = systems.add(f"{rule}, pruned", partial(_made, systems.model, systems.task, (drop,), SEEDS[0]))
-    found = [
-        systems.add(
-            f"{rule}, seed {seed}", partial(_made, systems.model, systems.task, (drop, Step(RECOVERY)), seed), seed=seed
-        )
-        for seed in SEEDS
-    ]
+    pruned = systems.add(f"{rule}, pruned", Plan((drop,)))
+    found = [systems.add(f"{rule}, seed {seed}", Plan((drop, Step(RECOVERY)), seed), seed=seed) for seed in SEEDS]
     accuracies = [figures["select"] for figures in found]
     return {
         "system": rule,
@@ -77,7 +68,3 @@ def row(systems: Comparison, rule: str) -> Row:
         "recovered_by_seed": accuracies,
         **{key: [figures[key] for figures in found] for key in ("params", "macs")},
     }
-
-
-def _made(model: nn.Module, task: Task, steps: tuple[Step, ...], seed: int) -> Compressed:
-    return compress(model, Plan(steps, seed), task)

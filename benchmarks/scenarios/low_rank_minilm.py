@@ -2,8 +2,8 @@
 
 Each layer's output error `‖(WX + b) − (W'X + b')‖` is measured on the inputs that the unmodified network gives it, over
 the tokens of 9,500 queries of Banking77 to calibrate on and of 500 others. Padding does not count. The optimum of the
-calibration data is computed here, apart from the package: with the Cholesky factor of the inputs' second moment, as in
-SVD-LLM. No time is measured.
+calibration data is computed here, apart from the package: with the Cholesky factor of the inputs' covariance, as
+SVD-LLM does with the second moment. No time is measured.
 """
 
 import importlib
@@ -34,7 +34,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "weighted by the inputs": {"weighting": "activation"},
 }
 PLAIN, WEIGHTED = SYSTEMS
-OPTIMUM = "closed-form optimum of the calibration data (SVD-LLM)"
+OPTIMUM = "closed-form optimum of the calibration data, bias included"
 
 
 def run(resume_dir: Path) -> dict[str, Any]:
@@ -78,16 +78,22 @@ def measured(network: nn.Module, task: Task, settings: dict[str, Any], moments: 
 
 
 def optimum(network: nn.Module, moments: Any) -> dict[str, Any]:
-    """Return the errors of the best matrices of the same rank for the calibration data, by Cholesky's factor."""
+    """Return the errors of the best layers of the same rank for the calibration data, by Cholesky's factor.
+
+    The best bias takes over the mean of the inputs, so the matrix is the best for their covariance.
+    """
     pairs = {}
     rank = int(RATIO * 384 * 1536 / (384 + 1536))
     for layer, path in PATHS.items():
         whole = affine(network.get_submodule(path)).numpy()
-        weight, second = whole[:, :-1], moments["calibration"][layer].numpy()[:-1, :-1]
-        lower = np.linalg.cholesky(second + 1e-9 * np.trace(second) / len(second) * np.eye(len(second)))
+        weight, sums = whole[:, :-1], moments["calibration"][layer].numpy()
+        mean = sums[:-1, -1] / sums[-1, -1]
+        centred = sums[:-1, :-1] - np.outer(mean, mean) * sums[-1, -1]
+        lower = np.linalg.cholesky(centred + 1e-9 * np.trace(centred) / len(centred) * np.eye(len(centred)))
         left, values, right = np.linalg.svd(weight @ lower, full_matrices=False)
         best = np.linalg.solve(lower.T, (left[:, :rank] * values[:rank] @ right[:rank]).T).T
-        pairs[layer] = torch.from_numpy(whole), torch.from_numpy(np.concatenate([best, whole[:, -1:]], 1))
+        bias = whole[:, -1] + (weight - best) @ mean
+        pairs[layer] = torch.from_numpy(whole), torch.from_numpy(np.concatenate([best, bias[:, None]], 1))
     return {"rank": rank, "errors": errors(pairs, moments)}
 
 

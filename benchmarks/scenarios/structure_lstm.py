@@ -2,13 +2,16 @@
 
 Six networks, each of which never heard one speaker; their answers for the recordings of that speaker are pooled, 3,000
 in all. Whatever is made smaller here learns for the same number of epochs from the unmodified network of its fold; the
-unmodified network itself is trained on as long with its own loss.
+unmodified network itself is trained on as long with its own loss. The recovery is the third that was tried, each of
+them scored on these recordings: that shows how it was developed and certifies nothing. Recordings of one voice are
+alike, so the bound over the six speakers stands beside those that take all 3,000 as independent.
 
 There is no peer: Torch-Pruning leaves `nn.LSTM` as it is (its issues 44, 276 and 404), and the pruner for it in
 `torch.ao.pruning._experimental` chooses the rows of each gate apart: the gates that are left are of different units.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,9 @@ from benchmarks.checkpoints.lstm_fsdd import model, task
 from benchmarks.comparison import UNMODIFIED, Comparison, goal, recovered
 from benchmarks.datasets import SPEAKERS
 from benchmarks.models.lstm import LstmClassifier
+from scipy import stats
 from torch import nn
 
-from trimpoint.compress import Compressed, compress
 from trimpoint.measure.environment import instruction_set
 from trimpoint.measure.latency import LatencyResult
 from trimpoint.measure.quality import evaluate
@@ -63,6 +66,14 @@ def run(resume_dir: Path) -> dict[str, Any]:
         "goals": [
             goal("times faster than unmodified", _ratio(timed, PRUNED), 1.7, 2.2),
             goal("drop, mean of the seeds", drop * 100, 1.0, None, better="lower", unit="points"),
+            goal(
+                "upper bound of that drop over speakers",
+                over_speakers(folds, pooled) * 100,
+                None,
+                1.0,
+                better="lower",
+                unit="points",
+            ),
         ],
     }
 
@@ -79,24 +90,17 @@ def fold(out: Path, network: nn.Module, data: Task, recovery: Distill = RECOVERY
     found = Comparison(out, network, data)
     found.add_one_line_int8()
     for seed in SEEDS:
-        ways: dict[str, Callable[[], nn.Module | Compressed]] = {
-            TRAINED_ON: partial(_trained_on, network, data, recovery, seed),
-            PRUNED: partial(compress, network, plan(recovery, seed), data),
-            BY_HAND: partial(_by_hand, network, data, recovery, seed),
-        }
-        for name, make in ways.items():
-            found.add(_of(name, seed), make, seed=seed, epochs=recovery.epochs)
+        facts = {"seed": seed, "epochs": recovery.epochs}
+        training = Finetune(epochs=recovery.epochs, precision=recovery.precision)
+        found.add(_of(TRAINED_ON, seed), Plan((Step(training),), seed), **facts)
+        found.add(_of(PRUNED, seed), plan(recovery, seed), **facts)
+        found.add(_of(BY_HAND, seed), partial(_by_hand, network, data, recovery, seed), str(recovery), **facts)
     return found
 
 
 def plan(recovery: Distill, seed: int) -> Plan:
     """Return the plan that is examined: half of the hidden units, then recovery."""
     return Plan((Step(PruneRecurrent(ratio=0.5)), Step(recovery)), seed)
-
-
-def _trained_on(network: nn.Module, data: Task, recovery: Distill, seed: int) -> nn.Module:
-    training = Finetune(epochs=recovery.epochs, precision=recovery.precision)
-    return compress(network, Plan((Step(training),), seed), data).module
 
 
 def _by_hand(network: nn.Module, data: Task, recovery: Distill, seed: int) -> nn.Module:
@@ -120,11 +124,9 @@ def _certify_records(found: Comparison, name: str) -> Records:
 
 
 def _certificate(folds: Mapping[str, Comparison], pooled: Mapping[str, list[Records]], at: int) -> Certificate:
-    """Compare with the original, or with the original given the same training where that is better."""
-    reference = max(pooled[UNMODIFIED][0], pooled[TRAINED_ON][at], key=lambda records: float(records.mean()))
     first = next(iter(folds.values()))
     return certify(
-        reference,
+        _references(pooled)[at],
         pooled[PRUNED][at],
         Accuracy(),
         MARGIN,
@@ -136,6 +138,22 @@ def _certificate(folds: Mapping[str, Comparison], pooled: Mapping[str, list[Reco
         runtime=f"{first.runtime.name} {first.runtime.version()}",
         instruction_set=instruction_set(),
     )
+
+
+def over_speakers(folds: Mapping[str, Comparison], pooled: Mapping[str, list[Records]]) -> float:
+    """Return the one-sided 95 % upper bound of the drop, by Student's t over the mean drops of the speakers."""
+    ends = np.cumsum([len(found.task.data("certify")) for found in folds.values()])[:-1]
+    lost = np.mean([b - a for b, a in zip(_references(pooled), pooled[PRUNED], strict=True)], axis=0)
+    drops = np.array([part.mean() for part in np.split(lost, ends)])
+    spread = float(drops.std(ddof=1)) / math.sqrt(len(drops))
+    return float(drops.mean() + stats.t.ppf(0.95, len(drops) - 1) * spread)
+
+
+def _references(pooled: Mapping[str, list[Records]]) -> list[Records]:
+    """Return, for each seed, the original or the original given the same training, whichever is better."""
+    return [
+        max(pooled[UNMODIFIED][0], trained, key=lambda records: float(records.mean())) for trained in pooled[TRAINED_ON]
+    ]
 
 
 def _ratio(timed: Mapping[str, LatencyResult], name: str) -> float:
@@ -152,6 +170,7 @@ def _row(name: str, figures: Mapping[str, Any], runs: list[Records], certificate
         row |= {
             "drop_by_seed": [found.drop for found in certificates],
             "drop_upper_by_seed": [found.upper for found in certificates],
+            "level_by_seed": [found.level for found in certificates],
             "certificate_by_seed": [found.status for found in certificates],
         }
     return row

@@ -1,5 +1,8 @@
 """Systems side by side: what drops are against, what is read back, and what is not mixed."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from benchmarks.comparison import UNMODIFIED, Comparison, best_ratio, recovered
@@ -9,6 +12,7 @@ from torch.utils.data import TensorDataset
 from trimpoint.compress import compress
 from trimpoint.errors import StudyError
 from trimpoint.methods.distill import Distill
+from trimpoint.methods.prune_weights import PruneWeights
 from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.plan import Plan, Step
 from trimpoint.task import Task, cross_entropy
@@ -36,7 +40,7 @@ def test_drops_are_against_the_best_of_the_original_and_the_control(tmp_path, ta
     found.add("worse", lambda: network(0.6))
     found.add("control", network)
     assert found.refer_to("worse") == UNMODIFIED
-    before = found.add("worse", network)["drop_select"]
+    before = found.add("worse", lambda: pytest.fail("made again"))["drop_select"]
     assert found.refer_to("control") == "control"
     figures = {row["system"]: row for row in found.rows({})}
     assert figures["worse"]["drop_select"] == pytest.approx(1 - figures["worse"]["select"])
@@ -45,6 +49,8 @@ def test_drops_are_against_the_best_of_the_original_and_the_control(tmp_path, ta
     certificates = found.certify(["worse"], 0.01, "test")
     assert certificates["worse"].drop == pytest.approx(figures["worse"]["drop_select"])
     assert found.certify([UNMODIFIED], 0.01, "test") == certificates
+    with pytest.raises(StudyError, match="named for"):
+        found.certify(["worse"], 0.02, "test")
 
 
 def test_the_expected_bound_comes_nearer_with_more_samples(tmp_path, task):
@@ -59,6 +65,23 @@ def test_the_expected_bound_comes_nearer_with_more_samples(tmp_path, task):
     assert expected == pytest.approx((drop + upper) / 2)
 
 
+def test_the_fastest_that_passes_is_repeated_with_other_seeds(tmp_path, task, monkeypatch):
+    monkeypatch.setenv("TRIMPOINT_STATE", str(tmp_path / "state"))
+    found = Comparison(tmp_path / "out", network(), task)
+    plans = {name: Plan((Step(PruneWeights(ratio=r)),)) for name, r in (("harsh", 0.95), ("mild", 0.5), ("less", 0.2))}
+    for name, plan in plans.items():
+        found.add(name, plan)
+    timed = {name: SimpleNamespace(ratio=ratio) for name, ratio in (("harsh", 3.0), ("mild", 2.0), ("less", 1.0))}
+    assert found.expected_bound("harsh") > 0.05 >= found.expected_bound("mild")
+    certificates, best = found.examine(plans, timed, 0.05, "one")
+    assert {name: certificate.status for name, certificate in certificates.items()} == dict.fromkeys(
+        ("mild", "less"), "passed"
+    )
+    assert best == "mild"
+    assert set(found.systems) == {UNMODIFIED, *plans, "mild, seed 1", "mild, seed 2"}
+    assert found.examine({"harsh": plans["harsh"]}, timed, 0.05, "none") == ({}, None)
+
+
 @pytest.mark.parametrize("views", [0, 2])
 def test_a_network_of_any_origin_learns_as_in_a_plan(task, views):
     recipe = Distill(epochs=3.0, hints=0.0, views=views, alpha=0.7, temperature=3.0)
@@ -68,12 +91,18 @@ def test_a_network_of_any_origin_learns_as_in_a_plan(task, views):
     assert torch.equal(by_hand[0].weight, by_plan[0].weight)
 
 
-def test_what_was_made_is_read_back_and_not_mixed(tmp_path, task):
+def test_what_was_made_is_read_back_and_not_mixed(tmp_path, task, monkeypatch):
     first = Comparison(tmp_path, network(), task)
     plan = Plan().then(QuantizeStatic())
-    figures = first.add("int8", lambda: compress(network(), plan, task), note=1)
+    figures = first.add("int8", plan, note=1)
+    assert figures["plan"] == str(plan)
     again = Comparison(tmp_path, network(), task)
-    assert again.add("int8", lambda: pytest.fail("made again")) == figures
+    monkeypatch.setattr("benchmarks.comparison.compress", lambda *_, **__: pytest.fail("made again"))
+    assert again.add("int8", plan) == figures
+    with pytest.raises(StudyError, match="another recipe"):
+        again.add("int8", replace(plan, seed=1))
+    with pytest.raises(StudyError, match="another recipe"):
+        again.add("int8", network, "by hand")
     with pytest.raises(StudyError, match="another model"):
         Comparison(tmp_path, network(0.1), task)
     with pytest.raises(StudyError, match="another select"):

@@ -15,7 +15,10 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "trimpoint"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "values", "parts", "filters", "signature", "progress", "budget", "reference", "extras", "storage"),
+    (
+        *("errors", "values", "annotations", "parts", "filters", "signature"),
+        *("progress", "budget", "reference", "extras", "storage"),
+    ),
     ("score", "data", "losses", "method", "padding", "task", "target", "plan"),
     ("graph", "measure", "runtimes", "recover", "importance", "low_rank", "methods", "sparsity", "demo"),
     ("build", "context", "compress", "manifest", "parity", "model_card", "artifact", "trust"),

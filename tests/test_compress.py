@@ -317,3 +317,15 @@ def test_a_model_that_cannot_be_copied_is_refused(task):
     layer(torch.randn(2, 4))
     with pytest.raises(ModelError, match=r"cannot be copied[\s\S]*parametrizations.weight_norm"):
         compress(nn.Sequential(layer), Plan())
+
+
+def test_weights_that_are_not_there_yet(task):
+    with torch.inference_mode():
+        frozen = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    for module, what, hint in (
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), "has no shape yet", "run the model on one batch"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(36, 2)).to("meta"), "has no values", "load the model's weights"),
+        (frozen, "was made under `torch.inference_mode", "clone"),
+    ):
+        with pytest.raises(ModelError, match=rf"`1\.weight` {what}(.|\n)*hint: .*{hint}"):
+            compress(module, Plan().then(PruneChannels()), task)

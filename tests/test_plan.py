@@ -81,6 +81,38 @@ def test_all_problems_at_once():
         plan_of("quantize-static", "drop-blocks", "prune-channels").check_order()
 
 
+def test_class_variables_are_no_parameters():
+    assert str(Step(make_method("prune-channels", {}))) == "prune-channels()"
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        (
+            "prune-channels",
+            {"round_to": None},
+            "'round_to' parameter of PruneChannels must be a whole number. Got None",
+        ),
+        ("prune-weights", {"ratio": None}, "must be a number. Got None"),
+        ("prune-channels", {"round_to": 2.0}, "must be a whole number. Got 2.0"),
+        ("prune-channels", {"round_to": True}, "must be a whole number. Got True"),
+        ("prune-vocabulary", {"unknown": 1.5}, "must be a whole number or None. Got 1.5"),
+        ("finetune", {"lr": "fast"}, "must be a number or None. Got 'fast'"),
+        ("drop-blocks", {"blocks": [1, 2]}, "must be a tuple of texts"),
+        ("drop-blocks", {"blocks": "a"}, "must be a tuple of texts"),
+        ("quantize-static", {"reduce_range": 1}, "must be true or false"),
+    ],
+)
+def test_values_must_have_the_type_that_a_parameter_is_declared_with(name, params, message):
+    with pytest.raises(InvalidParameterError, match=message):
+        make_method(name, params)
+
+
+def test_none_stands_where_it_is_the_default_and_whole_numbers_are_numbers():
+    assert make_method("prune-vocabulary", {"unknown": None}).params["unknown"] is None
+    assert make_method("finetune", {"lr": None, "epochs": 2}).params["epochs"] == 2
+
+
 def test_as_text():
     assert str(Plan()) == "unmodified"
     assert str(plan_of("finetune", "quantize-static")) == "finetune() → quantize-static()"

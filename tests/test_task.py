@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from trimpoint.errors import DataError, InvalidParameterError, UnknownNameError
 from trimpoint.score import Accuracy, EntityF1, MeanSquaredError, Perplexity
@@ -186,6 +186,30 @@ def test_overlap_and_values_that_are_not_finite():
         Task(select=[(torch.tensor([math.nan]), 0)]).check()
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.ones(2), 0)])
+
+
+@pytest.mark.parametrize(
+    ("data", "hint"),
+    [
+        (DataLoader(images(), 4), r"Got a DataLoader\.\n\nhint: give the loader's `\.dataset`"),
+        (Stream(), r"Got a Stream\.\n\nhint: give a list"),
+        ((sample for sample in [1]), "Got a generator"),
+    ],
+)
+def test_data_without_a_length_or_items(data, hint):
+    with pytest.raises(DataError, match=f"The `train` data must have a length and items.*{hint}"):
+        Task(train=data)
+    with pytest.raises(DataError, match=f"The `train` data must have a length and items.*{hint}"):
+        Task.classification(data, images())
+    with pytest.raises(DataError, match=f"The `val` data must have a length and items.*{hint}"):
+        Task.regression(None, data)
+    with pytest.raises(DataError, match=hint):
+        Task.split(data)
+
+
 def test_missing_and_empty_roles():
     task = Task(select=[])
     with pytest.raises(DataError, match="`select` data of the task is empty") as caught:
@@ -256,3 +280,17 @@ def test_shapes_that_do_not_fit_the_loss(loss, outputs, targets):
     with pytest.raises(DataError, match="The loss needs outputs") as caught:
         loss(outputs, targets)
     assert "Task(loss=...)" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 7]), "class indices from 0 to 2: the model has 3 outputs. Got 7"),
+        (torch.tensor([-1, -100]), "Got -1"),
+        (torch.tensor([0.5, 1.0]), "must be class indices. Got torch.float32"),
+    ],
+)
+def test_targets_that_are_no_classes(targets, message):
+    with pytest.raises(DataError, match=message):
+        cross_entropy(torch.zeros(2, 3), targets)
+    assert torch.isfinite(cross_entropy(torch.zeros(2, 3), torch.tensor([2, -100], dtype=torch.int32)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from trimpoint.build import Build, type_names
 from trimpoint.context import Progress, _Context
@@ -76,7 +77,7 @@ def compress(
         PlanError: if the steps cannot follow each other, or `start` does not fit.
         UnknownNameError: if a step's `where` matches no module.
         DataError: if the task lacks what the methods need, everything lacking at once.
-        ModelError: if a parameter is not finite.
+        ModelError: if a parameter is not finite, or has no values that can be changed.
         TrainingError: if a recovery breaks down.
     """
     _check(model, plan, task, effort, start)
@@ -203,11 +204,12 @@ def _check_needs(plan: Plan, task: Task | None) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Check that every parameter of a model is finite and no buffer holds NaN.
+    """Check that every parameter of a model is there and finite, and that no buffer holds NaN.
 
     Raises:
         ModelError: naming those that are not.
     """
+    _check_there(model)
     bad = [
         f"The parameter `{name}` has {int((~torch.isfinite(p)).sum()):,} values of {p.numel():,} that are not finite."
         for name, p in model.named_parameters()
@@ -219,6 +221,19 @@ def check_finite(model: nn.Module) -> None:
     ]
     if bad:
         raise ModelError(_numbered(bad), "start from weights that were saved before training broke down")
+
+
+def _check_there(model: nn.Module) -> None:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(f"`{name}` has no shape yet: its layer is a lazy one.", "run the model on one batch first")
+        if tensor.is_meta:
+            raise ModelError(f"`{name}` has no values: it is on the device `meta`.", "load the model's weights first")
+        if tensor.is_inference():
+            raise ModelError(
+                f"`{name}` was made under `torch.inference_mode()` and cannot be changed.",
+                "make or load the model outside of it, or put `clone()`s of its parameters and buffers in their place",
+            )
 
 
 def _numbered(problems: list[Any]) -> str:

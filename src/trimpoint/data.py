@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from trimpoint.errors import DataError, InvalidParameterError
 from trimpoint.signature import flatten
@@ -18,6 +18,18 @@ _POOL = 32
 """Batches of samples of different length that are sorted together, at most."""
 _POOL_NUMBERS = 1 << 24
 """Numbers that they hold together, at most: 64 MB in float32."""
+
+
+def check_indexable(data: Any, name: str) -> None:
+    """Check that data has a length and items.
+
+    Raises:
+        DataError: if it has not, such as a `DataLoader`, an `IterableDataset` or a generator.
+    """
+    streams = isinstance(data, (DataLoader, IterableDataset))
+    if streams or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        hint = "give the loader's `.dataset`" if isinstance(data, DataLoader) else "give a list or a map-style data set"
+        raise DataError(f"{name} must have a length and items by index. Got a {type(data).__name__}.", hint)
 
 
 def random_split(data: Any, sizes: Mapping[str, float], seed: int, rest: str = "train") -> dict[str, Any]:
@@ -30,9 +42,10 @@ def random_split(data: Any, sizes: Mapping[str, float], seed: int, rest: str = "
         rest: name of what is left.
 
     Raises:
-        DataError: if nothing would be left, or a share is less than one sample.
+        DataError: if nothing would be left, a share is less than one sample, or the data has no length and items.
         InvalidParameterError: if a size is neither a whole number nor a share below 1.
     """
+    check_indexable(data, "Data to be split")
     total = len(data)
     order = np.random.default_rng(seed).permutation(total).tolist()
     parts, start = {}, 0

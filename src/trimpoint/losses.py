@@ -6,8 +6,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimpoint.errors import DataError
+from trimpoint.errors import DataError, ModelError
 
+_NO_TARGET = -100
 _STILL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
 
 
@@ -34,22 +35,46 @@ def for_loss_(model: nn.Module, *, inner: bool) -> nn.Module:
 
 
 def main_tensor(outputs: Any) -> Tensor:
-    """Return the tensor that losses read: the output itself, `logits` of a mapping, or the first one."""
+    """Return the tensor that losses read: the output itself, `logits` of a mapping, or the first one.
+
+    Raises:
+        ModelError: if that is no tensor.
+    """
     if isinstance(outputs, Mapping):
         return cast(Tensor, outputs["logits"] if "logits" in outputs else next(iter(outputs.values())))
-    return main_tensor(outputs[0]) if isinstance(outputs, (tuple, list)) else cast(Tensor, outputs)
+    if isinstance(outputs, (tuple, list)) and outputs:
+        return main_tensor(outputs[0])
+    if not isinstance(outputs, Tensor):
+        raise ModelError(
+            f"The main output of the model must be a tensor. Got {type(outputs).__name__}.",
+            "return it first or as `logits`, or give a loss of your own with `Task(loss=...)`",
+        )
+    return outputs
 
 
 def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy of `[batch, …, classes]` against class indices; −100 does not count.
 
     Raises:
-        DataError: if there is not one class index for each row of logits.
+        DataError: if there is not one class index for each row of logits, or not one of its classes.
     """
     logits = main_tensor(outputs)
     if logits.ndim < 2 or logits.numel() != targets.numel() * logits.shape[-1]:
         raise _misfit("[batch, …, classes], one row for each target", logits, targets)
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
+    classes = logits.shape[-1]
+    if targets.is_floating_point() or targets.is_complex():
+        raise DataError(
+            f"The targets of a cross-entropy must be class indices. Got {targets.dtype}.",
+            "give whole numbers, or a loss of your own with `Task(loss=...)`",
+        )
+    try:
+        return F.cross_entropy(logits.reshape(-1, classes), targets.reshape(-1).long())
+    except IndexError as error:
+        bad = next(int(t) for t in targets.reshape(-1) if t != _NO_TARGET and not 0 <= t < classes)
+        raise DataError(
+            f"The targets must be class indices from 0 to {classes - 1}: the model has {classes} outputs. Got {bad}.",
+            "check the labels, or the size of the model's head; −100 marks what does not count",
+        ) from error
 
 
 def squared_error(outputs: Any, targets: Tensor) -> Tensor:

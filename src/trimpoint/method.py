@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from trimpoint.annotations import annotations_of, fits, in_words
 from trimpoint.errors import InvalidParameterError, PlanError, UnknownNameError, suggest
 from trimpoint.parts import Block, Group, MaskSchedule
 from trimpoint.values import Format
@@ -343,17 +344,11 @@ def _check(method: Method, field: "dataclasses.Field[Any]") -> str | None:
     if choices and value not in choices and not (refers and isinstance(value, str) and ":" in value):
         own = ", or `package.module:attribute`" if refers else ""
         return f"{head} one of {', '.join(map(repr, choices))}{own}. Got {value!r}."
-    if bounds and value is not None:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return f"{head} a number. Got {value!r}."
-        if isinstance(field.default, int) and not isinstance(field.default, bool) and not isinstance(value, int):
-            return f"{head} a whole number. Got {value!r}."
-        if not bounds.contains(value):
-            return f"{head} in the range {bounds}. Got {value!r}."
-    if isinstance(field.default, bool) and not isinstance(value, bool):
-        return f"{head} true or false. Got {value!r}."
-    if isinstance(field.default, tuple) and not isinstance(value, tuple):
-        return f"{head} a tuple. Got {value!r}."
+    kind = annotations_of(type(method)).get(field.name, Any)
+    if not fits(value, kind):
+        return f"{head} {in_words(kind)}. Got {value!r}."
+    if bounds and value is not None and not bounds.contains(value):
+        return f"{head} in the range {bounds}. Got {value!r}."
     return None
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from trimpoint.errors import PlanError, UnknownNameError, suggest
@@ -53,7 +53,7 @@ class Step:
     def __str__(self) -> str:
         changed = {
             field.name: value
-            for field in type(self.method).__dataclass_fields__.values()
+            for field in fields(self.method)
             if (value := getattr(self.method, field.name)) != field.default
         }
         text = ", ".join(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from trimpoint.data import check_roles, hash_samples, random_split, shuffled_batches
+from trimpoint.data import check_indexable, check_roles, hash_samples, random_split, shuffled_batches
 from trimpoint.errors import DataError, InvalidParameterError, UnknownNameError, suggest
 from trimpoint.losses import call, cross_entropy, main_tensor, squared_error
 from trimpoint.score import Accuracy, Score
@@ -73,6 +73,9 @@ class Task:
     version: str = ""
 
     def __post_init__(self) -> None:
+        for role in ROLES:
+            if getattr(self, role) is not None:
+                check_indexable(getattr(self, role), f"The `{role}` data")
         if not isinstance(self.score, Score):
             raise InvalidParameterError(
                 f"The 'score' parameter of Task must be a Score. Got {self.score!r}.", "write `Task(score=Accuracy())`"
@@ -380,6 +383,9 @@ def _preset(loss: Callable[[Any, Any], Tensor], score: Score, more: dict[str, An
 
 
 def _roles(train: Samples | None, val: Samples, test: Samples | None, seed: int) -> dict[str, Any]:
+    for name, data in (("train", train), ("val", val), ("test", test)):
+        if data is not None:
+            check_indexable(data, f"The `{name}` data")
     roles: dict[str, Any] = {}
     if train is not None:
         roles |= random_split(train, {"calibrate": min(1_000, max(1, len(train) // 10))}, seed)

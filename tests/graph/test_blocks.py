@@ -138,3 +138,32 @@ def test_the_root_and_the_model_stay_as_they_are():
     assert paths(module, torch.randn(2, 3, 4, 4)) == []
     assert [len(part._forward_hooks) for part in module.modules()] == hooks
     assert module.training
+
+
+class Signed(nn.Module):
+    """A block whose residual path is what `combine` makes of the input and its change."""
+
+    def __init__(self, combine):
+        super().__init__()
+        self.inner, self.combine = nn.Linear(8, 8), combine
+
+    def forward(self, x):
+        return self.combine(x, torch.relu(self.inner(x)))
+
+
+def test_only_a_positive_identity_makes_a_block():
+    def is_block(combine):
+        module = nn.Sequential(nn.Linear(4, 8), Signed(combine), nn.Linear(8, 3)).eval()
+        return paths(module, torch.randn(2, 4)) == ["1"]
+
+    assert is_block(lambda x, y: x + y)
+    assert is_block(lambda x, y: x - y)
+    assert is_block(lambda x, y: (x + y) * 0.7)
+    assert is_block(lambda x, y: (x + y) / 1.4)
+    assert is_block(lambda x, y: torch.add(y, x, alpha=2))
+    assert not is_block(lambda x, y: y - x)
+    assert not is_block(lambda x, y: torch.add(y, x, alpha=-1))
+    assert not is_block(lambda x, y: y + x * -1.0)
+    assert not is_block(lambda x, y: y + x / -2.0)
+    assert not is_block(lambda x, y: y + 0 * x)
+    assert not is_block(lambda x, y: y + x * x)

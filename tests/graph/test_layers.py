@@ -144,3 +144,16 @@ def test_convolutions_in_a_row_are_one_convolution(parts):
     assert torch.allclose(whole, layer(x), atol=1e-5)
     assert layer.weight.shape[2:] == layer.kernel_size
     assert (layer.in_channels, layer.out_channels) == (6, 4)
+
+
+@pytest.mark.parametrize(("padding", "mode"), [("same", "circular"), ("valid", "zeros"), (1, "reflect")])
+def test_padding_in_words_and_what_pads(padding, mode):
+    core = nn.Conv2d(3, 2, 3, padding=padding, padding_mode=mode, bias=False)
+    layer = LowRank(nn.Conv2d(6, 3, 1, bias=False), core, nn.Conv2d(2, 4, 1))
+    assert layer.padding == (padding if isinstance(padding, str) else (1, 1))
+    assert (layer.padding_mode, layer.groups) == (mode, 1)
+
+
+def test_a_row_of_linear_layers_has_nothing_of_a_convolution():
+    for name in ("groups", "padding_mode", "padding", "stride"):
+        assert not hasattr(thin(), name)

@@ -293,6 +293,39 @@ def test_blocks_that_make_more_than_their_output_stay():
         bypass_(module, "blok", inputs)
     with pytest.raises(SurgeryError, match="whole model"):
         apply_edits_(module, [BypassEdit("")])
+    with pytest.raises(SurgeryError, match="whole model"):
+        bypass_(module, "", inputs)
+
+
+@pytest.mark.parametrize("number", [lambda x: x.shape[0], lambda x: 0.5])
+def test_numbers_that_a_block_makes_may_be_others_another_time(number):
+    module, inputs = Listener(lambda y, x, b: (y, number(x))), torch.randn(2, 4)
+    with pytest.raises(SurgeryError, match="also returns the number"):
+        bypass_(module, "block", inputs)
+    assert isinstance(module.block, Talkative)
+
+
+def test_numbers_that_a_block_hands_on_are_handed_on():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, count):
+            return x + self.inner(x), count
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = Counting()
+
+        def forward(self, x):
+            y, count = self.block(x, x.shape[0])
+            return y.sum(0) / count
+
+    module = Parent()
+    bypass_(module, "block", torch.randn(2, 4))
+    assert torch.allclose(module(torch.ones(5, 4)), torch.ones(4))
 
 
 class Asking(nn.Module):

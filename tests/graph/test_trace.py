@@ -84,3 +84,23 @@ def test_a_model_that_does_not_run_is_named():
         TraceError, match=r"does not run on the example inputs: RuntimeError: .* in the module `linear`"
     ):
         trace(Holder(nn.Identity()), torch.randn(2, 5))
+
+
+def test_a_model_that_returns_its_cache_is_told_to_stop():
+    class DynamicCache:
+        pass
+
+    class Decoder(nn.Module):
+        def __init__(self, named):
+            super().__init__()
+            self.head, self.named = nn.Linear(4, 2), named
+
+        def forward(self, x):
+            y = self.head(x)
+            if self.named:
+                return {"logits": y, "past_key_values": DynamicCache()}
+            return y, DynamicCache()
+
+    for named in (True, False):
+        with pytest.raises(TraceError, match="use_cache = False"):
+            trace(Decoder(named), torch.randn(2, 4))

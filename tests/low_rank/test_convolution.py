@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trimpoint.low_rank import spatial, tucker2
+from trimpoint.low_rank import Tucker, lost_share, spatial, tucker2
 from trimpoint.low_rank.convolution import channel_moment, side_by_side, unfolded
 
 
@@ -91,3 +91,31 @@ def test_the_moment_of_the_channels_is_the_mean_over_positions():
     flat = rows.flatten(1)
     expected = torch.einsum("nik,njk->ij", rows, rows) / 50 / 9
     assert torch.allclose(channel_moment(flat.T @ flat / 50, 4), expected)
+
+
+def test_the_core_is_the_least_squares_solution(kernel):
+    metric = metric_of(kernel)
+    found = tucker2(kernel, 3, 4, metric)
+    generator = torch.Generator().manual_seed(2)
+    best = weighted(kernel - found.kernel(), metric)
+    for size in (1e-1, 1e-3):
+        noise = size * torch.randn(found.core.shape, generator=generator, dtype=torch.float64)
+        other = type(found)(found.inlet, found.core + noise, found.outlet)
+        assert weighted(kernel - other.kernel(), metric) > best
+
+
+def test_ranks_of_one_decomposition_are_those_of_each(kernel):
+    metric = metric_of(kernel)
+    found = Tucker(kernel, metric)
+    for ranks in ((3, 4), (6, 2), (1, 8)):
+        assert torch.allclose(found.at(*ranks).kernel(), tucker2(kernel, *ranks, metric).kernel())
+
+
+def test_the_share_that_is_lost(kernel):
+    metric, other = metric_of(kernel), kernel + 0.1
+    expected = (weighted(kernel - other, metric) / weighted(kernel, metric)) ** 2
+    assert lost_share(kernel - other, kernel, metric) == pytest.approx(expected)
+    assert lost_share(kernel - other, kernel) == pytest.approx(
+        float((0.1 * torch.ones_like(kernel)).norm() / kernel.norm()) ** 2
+    )
+    assert lost_share(0 * kernel, 0 * kernel) == 0

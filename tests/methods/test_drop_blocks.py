@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from trimpoint.compress import compress
 from trimpoint.demo.resnet import ResNet
-from trimpoint.errors import DataError, InvalidParameterError, SurgeryError, UnknownNameError
+from trimpoint.errors import DataError, InvalidParameterError, ModelError, SurgeryError, UnknownNameError
 from trimpoint.filters import Glob
 from trimpoint.graph import Bypass
 from trimpoint.method import Fact
@@ -235,3 +235,104 @@ def test_a_module_that_adds_nothing_to_its_input_goes_if_it_is_named():
     assert dropped(result) == ["1"]
     with pytest.raises(UnknownNameError):
         compress(model, Plan().then(DropBlocks(blocks=("7",))), task)
+
+
+class Chain(nn.Module):
+    """Four residual layers behind a projection, called as `call` says: `[batch, 6]` to `[batch, 3]`."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, flag, x):
+            return x + self.a(x).relu()
+
+    def __init__(self, call=lambda layer, x: layer(True, x), twice=False):
+        super().__init__()
+        self.enter, self.leave, self.call = nn.Linear(6, 8), nn.Linear(8, 3), call
+        layers = [self.Layer() for _ in range(4)]
+        self.layers = nn.ModuleList([*layers[:2], layers[1], layers[3]] if twice else layers)
+
+    def forward(self, x):
+        x = self.enter(x)
+        for layer in self.layers:
+            x = self.call(layer, x)
+        return self.leave(x)
+
+
+@pytest.fixture
+def chain():
+    torch.manual_seed(0)
+    return Chain().eval()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(16, 6, generator=generator), torch.randint(0, 3, (16,), generator=generator))
+    return Task(train=data, calibrate=data, loss=cross_entropy, batch_size=8)
+
+
+def test_greedy_recovers_for_a_single_block_too(chain, rows, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(
+        "trimpoint.methods.drop_blocks.train",
+        lambda model, loss, batches, settings: lengths.append(settings.steps),
+    )
+    plan = Plan().then(DropBlocks(ratio=0.25, rank="greedy", rank_steps=3))
+    assert len(dropped(compress(chain, plan, rows))) == 1
+    assert lengths == [3] * 4
+    with pytest.raises(DataError, match="needs train"):
+        compress(chain, plan, rows.with_(train=None))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "error", "message"),
+    [
+        (("layers.2",), UnknownNameError, "`layers.2` is out of scope"),
+        (("",), SurgeryError, "The whole model cannot be bypassed"),
+        (("layers.1", "layers.1.a"), SurgeryError, r"`layers.1.a` is part of `layers.1`"),
+        (("layers.1.a", "layers.1"), SurgeryError, r"`layers.1.a` is part of `layers.1`"),
+    ],
+)
+def test_named_blocks_that_cannot_go_together_or_here(chain, rows, blocks, error, message):
+    where = Glob("layers.1") if blocks == ("layers.2",) else Glob("*")
+    with pytest.raises(error, match=message):
+        compress(chain, Plan((Step(DropBlocks(blocks=blocks), where),)), rows)
+
+
+def test_a_block_that_is_named_twice_goes_once(chain, rows):
+    result = compress(chain, Plan().then(DropBlocks(blocks=("layers.2", "layers.2"))), rows)
+    assert dropped(result) == ["layers.2"]
+    (change,) = [change for change in result.changes if change.kind == "bypassed"]
+    assert change.before.startswith("Layer")
+    again = compress(result.module, Plan().then(DropBlocks(blocks=("layers.2",))), rows)
+    assert [c.reason for c in again.changes if c.origin == "layers.2"] == ["it was removed before"]
+
+
+def test_a_block_under_two_paths_is_known_by_both(rows):
+    torch.manual_seed(0)
+    result = compress(Chain(twice=True).eval(), Plan().then(DropBlocks(blocks=("layers.2",))), rows)
+    assert isinstance(result.module.layers[1], Bypass)
+    assert result.module.layers[1] is result.module.layers[2]
+
+
+@pytest.mark.parametrize(("rank", "name"), [("influence", "influence of"), ("loss", "loss without")])
+def test_values_that_are_not_finite_rank_nothing(chain, rows, rank, name):
+    x = torch.randn(16, 6)
+    x[3, 0] = torch.nan
+    bad = rows.with_(calibrate=TensorDataset(x, torch.zeros(16, dtype=torch.long)))
+    with pytest.raises(ModelError, match=f"{name} the block `layers.0` must be finite. Got nan"):
+        compress(chain, Plan().then(DropBlocks(rank=rank)), bad)
+
+
+def test_a_block_without_which_the_loss_breaks_down_stays():
+    assert least({"a": math.nan, "b": 2.0, "c": 1.0}, 2) == ["b", "c"]
+
+
+@pytest.mark.parametrize("call", [lambda layer, x: layer(True, x), lambda layer, x: layer(flag=0, x=x)])
+def test_influence_is_that_on_the_first_tensor(call, rows):
+    torch.manual_seed(0)
+    result = compress(Chain(call).eval(), Plan().then(DropBlocks(rank="influence")), rows)
+    assert len(dropped(result)) == 2

@@ -8,7 +8,9 @@ from torch.utils.data import TensorDataset
 from trimpoint.compress import compress
 from trimpoint.errors import DataError, InvalidParameterError
 from trimpoint.graph import LowRank, rebuild, save_structure
-from trimpoint.low_rank import spatial, tucker2
+from trimpoint.low_rank import spatial, tucker2, vbmf_rank
+from trimpoint.low_rank.convolution import unfolded
+from trimpoint.measure.static import count_macs
 from trimpoint.methods import factorize_conv
 from trimpoint.methods.factorize_conv import FactorizeConv
 from trimpoint.plan import Plan
@@ -186,6 +188,161 @@ def test_bfloat16_and_the_same_bytes_again(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one.module.parameters(), other.module.parameters(), strict=True))
     save_structure(tmp_path, one.module, one.edits)
     assert torch.equal(rebuild(tmp_path, make)(x), one.module(x))
+
+
+@pytest.mark.parametrize("form", ["tucker2", "spatial"])
+@pytest.mark.parametrize("rank", ["ratio", "energy"])
+@pytest.mark.parametrize("x", [torch.ones(8, 8, 6, 6), torch.randn(1, 8, 3, 3), torch.full((4, 8, 6, 6), 0.1)])
+def test_inputs_that_do_not_vary_are_no_weighting(form, rank, x):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 16, 3)
+    method = FactorizeConv(form=form, rank=rank, energy=0.7)
+    compressed = apply(method, nn.Sequential(layer), x)
+    assert "plain: its inputs do not vary" in compressed.changes[0].reason
+    assert relative(layer, compressed.module[0], x) < 1e-5
+    plain = apply(FactorizeConv(form=form, rank=rank, energy=0.7, weighting="none"), nn.Sequential(layer), x)
+    assert torch.equal(compressed.module[0].weight, plain.module[0].weight)
+
+
+def test_without_a_bias_inputs_of_zero_are_no_weighting():
+    compressed = apply(FactorizeConv(), nn.Sequential(nn.Conv2d(8, 16, 3, bias=False)), torch.zeros(4, 8, 6, 6))
+    assert "plain: its inputs are all zero" in compressed.changes[0].reason
+
+
+@pytest.mark.parametrize("form", ["tucker2", "spatial"])
+@pytest.mark.parametrize(("count", "share"), [(1, 1.05), (4, 1.0), (16, 0.9)])
+def test_few_images_are_never_much_worse_than_none(form, count, share):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 32, 3, padding=1)
+    mix = torch.randn(32, 32) * torch.logspace(0, -2, 32)[:, None]
+    x, other = (torch.einsum("bchw,cd->bdhw", smooth(seed), mix) for seed in (0, 1))
+    plain, observed = (
+        relative(layer, apply(FactorizeConv(form=form, weighting=w), nn.Sequential(layer), x[:count]).module[0], other)
+        for w in ("none", "auto")
+    )
+    assert observed < share * plain
+
+
+def smooth(seed):
+    """Return images whose neighbouring positions are alike, `[48, 32, 4, 4]`."""
+    noise = torch.randn(48, 32, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return torch.relu(nn.functional.avg_pool2d(noise, 3, 1) * 3 + 0.2)
+
+
+def test_variational_bayes_that_finds_nothing_leaves_the_layer_alone():
+    torch.manual_seed(0)
+    for layer, form in (
+        (nn.Conv2d(24, 32, 3), "tucker2"),
+        (nn.Conv2d(24, 32, 3), "spatial"),
+        (nn.Conv2d(8, 16, 1), "tucker2"),
+    ):
+        nn.init.normal_(layer.weight)
+        compressed = apply(FactorizeConv(rank="bayes", form=form), nn.Sequential(layer), images(layer.in_channels))
+        assert "no component stands out of the noise" in reasons(compressed)["0"]
+
+
+def test_what_variational_bayes_finds_on_one_side_is_limited_by_the_other():
+    torch.manual_seed(0)
+    layer = planted(nn.Conv2d(32, 32, 3), (12, 32))
+    with torch.no_grad():
+        one = torch.randn(32, 1) @ torch.randn(1, 32 * 9)
+        layer.weight.copy_(one.reshape(32, 32, 3, 3))
+        assert vbmf_rank(unfolded(layer.weight, 1)) == 9
+        layer.weight += 0.02 * torch.randn_like(layer.weight)
+    made = apply(FactorizeConv(rank="bayes"), nn.Sequential(layer), images(32)).module[0]
+    assert made[-2].out_channels == 1
+    assert made[0].out_channels <= 9
+
+
+@pytest.mark.parametrize("form", ["tucker2", "spatial"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("energy", [0.8, 0.95])
+def test_energy_is_an_error_budget(monkeypatch, form, bias, energy):
+    monkeypatch.setattr(factorize_conv, "POSITIONS", 10**6)
+    torch.manual_seed(0)
+    layer = nn.Conv2d(32, 32, 3, bias=bias)
+    mix = torch.randn(32, 32) * torch.logspace(0, -2, 32)[:, None]
+    x = torch.einsum("bchw,cd->bdhw", smooth(0), mix)
+    compressed = apply(FactorizeConv(form=form, rank="energy", energy=energy), nn.Sequential(layer), x)
+    with torch.no_grad():
+        before, after = layer(x), compressed.module[0](x)
+        spread = before - before.mean((0, 2, 3), keepdim=True) if bias else before
+        kept = 1 - float((before - after).square().sum() / spread.square().sum())
+    assert energy - 1e-4 <= kept < 1 - 0.6 * (1 - energy)
+
+
+STRIDED = nn.Conv2d(16, 16, 8, stride=8)
+
+
+def test_what_costs_more_before_a_stride_is_left_alone():
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 24, 24)
+    for rank in ("ratio", "energy"):
+        method = FactorizeConv(form="spatial", rank=rank, energy=0.5)
+        assert "no fewer multiplications" in reasons(apply(method, nn.Sequential(STRIDED), x))["0"]
+    assert FactorizeConv(form="spatial").forecast(nn.Sequential(STRIDED), (), ()) == {}
+
+
+@pytest.mark.parametrize("form", ["tucker2", "spatial"])
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.75])
+@pytest.mark.parametrize(("size", "stride"), [(2, 2), (3, 2), (4, 4), (5, (1, 3))])
+def test_multiplications_always_fall(form, ratio, size, stride):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(16, 24, size, stride=stride)), torch.randn(1, 16, 24, 24)
+    method = FactorizeConv(form=form, rank_ratio=ratio, weighting="none")
+    compressed = apply(method, model, x)
+    before, after = (count_macs(module, x).total for module in (model, compressed.module))
+    forecast = method.forecast(model, (), ())
+    assert bool(forecast) == (compressed.changes[0].kind == "replaced")
+    if forecast:
+        assert after < before
+        assert forecast["0"] == pytest.approx(max(after / before, method.rank_ratio), abs=0.3)
+
+
+class Asking(nn.Module):
+    """Runs its convolution by what it finds out about it."""
+
+    def __init__(self, **more):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 32, 3, **more)
+
+    def forward(self, x):
+        c = self.conv
+        if c.padding_mode != "zeros":
+            return c(x)
+        made = nn.functional.conv2d(x, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+        return c(x) + made
+
+
+@pytest.mark.parametrize("more", [{"padding": 1}, {"padding": "same"}, {"padding": 1, "padding_mode": "circular"}])
+@pytest.mark.parametrize("form", ["tucker2", "spatial"])
+def test_models_that_ask_for_attributes_find_them(more, form):
+    torch.manual_seed(0)
+    model, x = Asking(**more).eval(), images()
+    made = apply(FactorizeConv(form=form), model, x).module
+    assert isinstance(made.conv, LowRank)
+    assert (made.conv.groups, made.conv.padding_mode) == (1, more.get("padding_mode", "zeros"))
+    assert made.conv.padding == model.conv.padding
+    factor = 1 if "padding_mode" in more else 2
+    assert torch.allclose(made(x), factor * made.conv(x), atol=1e-4)
+
+
+def test_each_parameter_is_frozen_or_not_as_it_was():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3))
+    model[0].weight.requires_grad_(False)
+    made = apply(FactorizeConv(), model, images()).module[0]
+    assert made[-1].bias.requires_grad
+    assert not any(part.weight.requires_grad for part in made)
+
+
+def test_layers_that_the_calibration_data_never_calls():
+    class Spare(nn.Sequential):
+        def forward(self, x):
+            return self[0](x)
+
+    model = Spare(nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 3))
+    assert reasons(apply(FactorizeConv(), model, images())) == {"1": "the calibration data never calls it"}
+    assert "does not call the layer" in reasons(apply(FactorizeConv(weighting="none"), model, images()))["1"]
 
 
 @pytest.mark.parametrize("wrong", [{"form": "cp"}, {"round_to": 0}, {"weighting": "fisher"}, {"rank_ratio": 1.5}])

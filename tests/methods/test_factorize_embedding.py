@@ -71,6 +71,36 @@ def test_rows_that_are_read_are_kept_best(task):
     assert errors["frequency"][10:].max() < 1.5 * model.words.weight.norm(dim=1).max()
 
 
+def test_rows_that_are_never_read_weigh_little(task):
+    """Where the rows that are read fill other directions than the many that never are, the rank is for the former."""
+    model = make()
+    with torch.no_grad():
+        model.words.weight[:10, 8:] = 0
+        model.words.weight[10:, :8] = 0
+    errors = (table(apply(FactorizeEmbedding(), model, task)) - model.words.weight).detach().square().sum(1)
+    tail = np.linalg.svd(model.words.weight.detach().numpy()[:10], compute_uv=False)[6:]
+    assert float(errors[:10].sum()) < 1.5 * float((tail**2).sum())
+
+
+def test_the_note_says_what_weighted(task):
+    class Deaf(Reader):
+        def forward(self, ids):
+            return self.words(ids * 0 + 5).mean(1)
+
+    def note(model, task=task):
+        return apply(FactorizeEmbedding(), model, task).changes[0].reason
+
+    assert "weighted by frequency, 10 of 60 rows are read" in note(make())
+    assert "weighted by frequency, 1 of 60 rows are read" in note(Deaf().eval())
+    assert "plain: the task has no `calibrate` data" in note(
+        make(), task=Task(example=torch.zeros(5, dtype=torch.long))
+    )
+
+
+def test_variational_bayes_that_finds_nothing_leaves_the_table_alone(task):
+    assert "stands out of the noise" in reasons(apply(FactorizeEmbedding(rank="bayes"), make(), task))["words"]
+
+
 class Masked(Reader):
     """Tokens and where they are, both `[batch, length]`, to numbers `[batch, 16]`."""
 

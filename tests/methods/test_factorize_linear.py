@@ -182,7 +182,7 @@ def test_variational_bayes_finds_the_rank_of_a_layer(task):
     assert apply(FactorizeLinear(rank="bayes"), model, task, "up").module.up[0].out_features == 5
 
 
-@pytest.mark.parametrize(("round_to", "rank"), [(1, 6), (4, 8), (8, 8)])
+@pytest.mark.parametrize(("round_to", "rank"), [(1, 6), (4, 4), (8, 8)])
 def test_ranks_are_multiples(model, task, round_to, rank):
     method = FactorizeLinear(round_to=round_to, rank_ratio=0.47)
     assert apply(method, model, task, "up").module.up[0].out_features == rank
@@ -231,9 +231,79 @@ def test_tied_layers_are_left_alone(task):
     assert all("shares its weight" in reasons(compressed)[name] for name in ("0", "1"))
 
 
-def test_a_layer_that_the_data_does_not_reach(model, task):
+@pytest.mark.parametrize(
+    ("weighting", "words"),
+    [
+        ("activation", "the calibration data never calls it"),
+        ("fisher", "does not call the layer"),
+        ("none", "does not call the layer"),
+    ],
+)
+def test_a_layer_that_is_never_called(model, task, weighting, words):
     model.spare = nn.Linear(24, 24)
-    assert "does not reach" in reasons(apply(FactorizeLinear(), model, task))["spare"]
+    assert words in reasons(apply(FactorizeLinear(weighting=weighting), model, task))["spare"]
+
+
+@pytest.mark.parametrize("weighting", ["activation", "none"])
+def test_what_attention_reads_is_named(weighting):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(24, 2, 48, batch_first=True).eval()
+    task = Task(calibrate=TensorDataset(inputs(60).reshape(20, 3, 24), torch.zeros(20)), batch_size=7)
+    compressed = apply(FactorizeLinear(weighting=weighting), model, task)
+    words = "its weight is read by nn.MultiheadAttention, which does not call it"
+    assert reasons(compressed)["self_attn.out_proj"] == words
+    assert set(FactorizeLinear().forecast(model, (), ())) == {"linear1", "linear2"}
+
+
+def test_the_note_says_what_weighted(model, task):
+    def note(method, task):
+        return next(c.reason for c in apply(method, model, task, "up").changes if c.origin == "up")
+
+    still = task.with_(calibrate=TensorDataset(torch.full((20, 24), 0.1), torch.zeros(20, 8)))
+    assert "weighted by the inputs" in note(FactorizeLinear(), task)
+    assert "plain: its inputs do not vary" in note(FactorizeLinear(), still)
+    assert "weighted by the Fisher information" in note(FactorizeLinear(weighting="fisher"), task)
+    with torch.no_grad():
+        model.down.weight.zero_()
+    assert "plain: the loss does not depend on it" in note(FactorizeLinear(weighting="fisher"), task)
+
+
+def test_variational_bayes_that_finds_nothing_leaves_the_layer_alone(model, task):
+    torch.nn.init.normal_(model.up.weight)
+    words = "no component stands out of the noise (rank by bayes)"
+    assert reasons(apply(FactorizeLinear(rank="bayes"), model, task, "up"))["up"] == words
+
+
+@pytest.mark.parametrize("weighting", ["none", "activation", "fisher"])
+@pytest.mark.parametrize("rank", ["ratio", "energy", "bayes"])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_of_no_width(weighting, rank):
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(24, 0), nn.Linear(0, 8)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    task = Task(calibrate=TensorDataset(inputs(8), torch.zeros(8, 8)), loss=squared_error)
+    compressed = apply(FactorizeLinear(weighting=weighting, rank=rank), Empty().eval(), task)
+    assert reasons(compressed) == {"a": "its weight is empty", "b": "its weight is empty"}
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda layer: layer.register_forward_pre_hook(lambda *_: None, with_kwargs=True),
+        lambda layer: layer.register_full_backward_hook(lambda *_: None),
+        lambda layer: layer.register_full_backward_pre_hook(lambda *_: None),
+        lambda layer: layer.register_state_dict_pre_hook(lambda *_: None),
+        lambda layer: layer.register_load_state_dict_post_hook(lambda *_: None),
+    ],
+)
+def test_no_hook_is_lost(model, task, hook):
+    hook(model.up)
+    assert "hooks" in reasons(apply(FactorizeLinear(weighting="none"), model, task))["up"]
 
 
 def test_factors_are_not_factorised_again(model, task):
@@ -272,6 +342,16 @@ def test_frozen_layers_stay_frozen_and_nothing_is_drawn(model, task):
     assert torch.equal(torch.get_rng_state(), state)
     assert [p.requires_grad for p in compressed.module.up.parameters()] == [False] * 3
     assert all(p.requires_grad for p in compressed.module.down.parameters())
+
+
+def test_a_bias_is_frozen_or_not_as_it_was(model, task):
+    model.up.weight.requires_grad_(False)
+    made = apply(FactorizeLinear(), model, task).module.up
+    assert [(name, p.requires_grad) for name, p in made.named_parameters()] == [
+        ("0.weight", False),
+        ("1.weight", False),
+        ("1.bias", True),
+    ]
 
 
 def test_the_result_is_saved_and_made_again(model, task, tmp_path):

@@ -150,6 +150,17 @@ def test_what_is_left_alone(task):
     assert "rank_ratio=1" in reason(FactorizeRecurrent(rank_ratio=1.0), make())
 
 
+def test_what_says_nothing_is_no_weighting(task):
+    still = task.with_(calibrate=TensorDataset(torch.ones(8, 6, 20), torch.zeros(8)))
+    model = make()
+    compressed = apply(FactorizeRecurrent(), model, still)
+    assert "plain: its inputs do not vary" in compressed.changes[0].reason
+    x = torch.ones(2, 6, 20)
+    assert torch.allclose(compressed.module.body(x)[0], model.body(x)[0], atol=1e-5)
+    nn.init.normal_(model.body.weight_ih_l0)
+    assert "stands out of the noise" in apply(FactorizeRecurrent(rank="bayes"), model, task).changes[0].reason
+
+
 def test_factors_are_not_factorised_again(task):
     twice = compress(make(), Plan().then(FactorizeRecurrent(), FactorizeRecurrent()), task)
     assert isinstance(twice.module.body.recurrent, nn.LSTM)

@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from trimpoint.build import Build
 from trimpoint.compress import compress
 from trimpoint.demo.resnet import ResNet
-from trimpoint.errors import DataError, InvalidParameterError, UnknownNameError
+from trimpoint.errors import DataError, InvalidParameterError, ModelError, UnknownNameError
 from trimpoint.filters import Glob
 from trimpoint.graph import coupled_groups, trace
 from trimpoint.importance import NAMES
@@ -284,3 +284,80 @@ def test_units_that_are_no_channels_are_left_with_the_reason(kind, reason, model
     assert reason in skipped["conv1"]
     assert reason in skipped["conv2"]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), compressed.module.parameters(), strict=True))
+
+
+class Frozen(Plain):
+    """The backbone takes no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.between, self.bound = nn.Linear(32, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = F.relu(self.conv2(F.relu(self.norm(self.conv1(x))))).mean((2, 3))
+        return self.bound(F.relu(self.between(x)))
+
+
+@pytest.mark.parametrize("importance", ["taylor", "fisher", "group-fisher"])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_groups_without_a_gradient_are_not_ranked_by_it(importance, scope, task):
+    torch.manual_seed(0)
+    result = prune(Frozen().eval(), task, importance=importance, scope=scope)
+    (change,) = [c for c in result.changes if c.origin == "conv1"]
+    assert change.kind == "skipped"
+    assert "the loss has no gradient there" in change.reason
+    assert result.module.between.out_features < 32
+
+
+def test_a_loss_without_any_gradient_ranks_nothing(model, task):
+    still = task.with_(loss=lambda outputs, targets: outputs.detach().sum())
+    result = prune(model, still, importance="taylor")
+    assert {change.kind for change in result.changes} == {"skipped"}
+
+
+class Counting(Plain):
+    """A buffer follows the mean of the activations, in evaluation mode too."""
+
+    def __init__(self, width=16):
+        super().__init__(width)
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.conv1(x)))
+        self.mean.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
+        return self.head(F.relu(self.conv2(x - self.mean[:, None, None])).mean((2, 3)))
+
+
+def test_buffers_that_keep_what_was_computed_do_not_disturb_gradients(task):
+    torch.manual_seed(0)
+    for importance in ("taylor", "group-fisher"):
+        assert prune(Counting().eval(), task, importance=importance).module.conv2.out_channels == 16
+
+
+def test_outputs_that_no_loss_can_read_are_told(task):
+    class Silent(Plain):
+        def forward(self, x):
+            super().forward(x)
+
+    with pytest.raises(ModelError, match=r"must be a tensor. Got NoneType"):
+        prune(Silent().eval(), task, importance="taylor")
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_a_convolution_that_computes_its_weight_has_that_reason(model, task):
+    model.conv1 = Standardised(1, 16, 3, padding=1)
+    (change,) = [c for c in prune(model, task).changes if c.origin == "conv1"]
+    assert change.reason == "no removable group begins here: its class Standardised has a forward pass of its own"
+
+
+def test_rounding_takes_nothing_where_nothing_was_asked_for(task):
+    torch.manual_seed(0)
+    model = Plain(11, 32).eval()
+    assert prune(model, task, ratio=0.001).module.conv1.out_channels == 11
+    assert prune(model, task, ratio=0.1).module.conv1.out_channels == 8
+    assert PruneChannels(ratio=0.29, round_to=1).kept(make_group(100)) == 71

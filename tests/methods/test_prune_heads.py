@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 from trimpoint.build import Build
 from trimpoint.compress import compress
 from trimpoint.context import _Context
-from trimpoint.errors import DataError, InvalidParameterError
+from trimpoint.errors import DataError, InvalidParameterError, ModelError
 from trimpoint.filters import Glob, Type
 from trimpoint.graph import PrunedAttention, rebuild, save_structure
 from trimpoint.losses import squared_error
@@ -347,3 +347,10 @@ def test_heads_of_modules_that_a_filter_names_by_class_go():
     task = Task(train=data, calibrate=data, loss=squared_error)
     made = compress(model, Plan((Step(PruneHeads(), Type("MultiheadAttention")),)), task).module
     assert [part.num_heads for part in made.modules() if isinstance(part, PrunedAttention)] == [2, 2]
+
+
+def test_contributions_that_are_not_finite_rank_nothing(encoder, task):
+    x = torch.full((8, LENGTH, WIDTH), torch.nan)
+    bad = task.with_(calibrate=TensorDataset(x, torch.zeros(8)))
+    with pytest.raises(ModelError, match=r"importance 'contribution' of the group .* that are not finite"):
+        compress(encoder, Plan().then(PruneHeads(importance="contribution")), bad)

@@ -209,3 +209,59 @@ def test_an_unknown_id_that_an_embedding_has_not_leaves_it_alone(model, task):
 def test_ids_that_were_refused_are_refused(model, task, bad):
     with pytest.raises(IndexError):
         made(model, task).module(torch.full((1, 6), bad))
+
+
+def test_a_row_far_from_all_others_still_reads_no_padding(task):
+    torch.manual_seed(0)
+    model = Classifier(padding_idx=0).eval()
+    with torch.no_grad():
+        model.words.weight[200] = -model.words.weight[seen(task)].mean(0)
+        model.words.weight[10:50] = model.words.weight[10] + 1e-3 * torch.randn(40, 16)
+    words = made(model, task).module.words
+    assert int((words.remap == words.padding_row).sum()) == 1
+
+
+class Masked(nn.Module):
+    def __init__(self, padding_idx=None):
+        super().__init__()
+        self.words, self.head = nn.Embedding(WORDS, 16, padding_idx=padding_idx), nn.Linear(16, 3)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.words(input_ids).mean(1))
+
+
+@pytest.mark.parametrize("told_by", ["mask", "padding_idx"])
+def test_padding_does_not_dilute_the_share_of_unknown_ids(told_by):
+    """Two words and 18 paddings in each sample; one of the two words was never seen in training."""
+
+    def padded(second):
+        x = torch.zeros(16, 20, dtype=torch.long)
+        x[:, 0], x[:, 1] = 5, second
+        if told_by == "padding_idx":
+            return dataset(x)
+        return [({"input_ids": row, "attention_mask": (row != 0).long()}, torch.tensor(0)) for row in x]
+
+    torch.manual_seed(0)
+    data = Task(train=padded(6), calibrate=padded(6), select=padded(200), loss=cross_entropy, batch_size=8)
+    result = made(Masked(padding_idx=0 if told_by == "padding_idx" else None).eval(), data)
+    (change,) = [c for c in result.changes if c.origin == "words"]
+    assert "50.00% of the ids in `select` are unknown now" in change.reason
+    assert result.module.words.rows == 3  # the row of padding is read, masked or not
+
+
+@pytest.mark.parametrize("params", [{}, {"others": "mean"}, {"unknown": 3}])
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_a_count_that_no_id_reaches_leaves_the_embedding_alone(task, params, padding_idx):
+    (change,) = [
+        c for c in made(Classifier(padding_idx).eval(), task, min_count=10**6, **params).changes if c.origin == "words"
+    ]
+    assert change.kind == "skipped"
+    assert "no id but padding occurs 1,000,000 times" in change.reason
+
+
+@pytest.mark.parametrize("bad", [-100, WORDS])
+def test_ids_that_no_embedding_has_are_told(model, task, bad):
+    x = ids(10, 40)
+    x[4, 2] = bad
+    with pytest.raises(DataError, match=rf"An id of the `train` data must be in \[0, {WORDS}\).* Got {bad}"):
+        made(model, task.with_(train=TensorDataset(x, torch.zeros(24, dtype=torch.long))))

@@ -409,3 +409,19 @@ def test_zeros_stay_zero_in_openvinos_file(tmp_path):
     assert len(eight) == 5
     for data in eight:
         assert int((data == 0).sum()) >= int(0.6 * data.size)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that multiplies with a weight of mean 0 and deviation 1."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_zeros_of_a_layer_that_computes_its_weight_are_not_claimed():
+    model = net()
+    model.first = Standardised(3, 8, 3, padding=1)
+    for criterion in CRITERIA:
+        (change,) = [c for c in pruned(model=model, criterion=criterion).changes if c.origin == "first"]
+        assert (change.kind, change.reason) == ("skipped", "its class Standardised has a forward pass of its own")

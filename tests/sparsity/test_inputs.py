@@ -9,7 +9,7 @@ from trimpoint.build import Build
 from trimpoint.context import _Context
 from trimpoint.methods.prune_weights import PruneWeights
 from trimpoint.plan import Step
-from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, unfolded
+from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, own_forward, unfolded
 from trimpoint.task import Task
 
 LAYERS = [
@@ -85,3 +85,15 @@ def test_padding_does_not_count():
     real = torch.cat([x["x"][x["attention_mask"].bool()] for x, _ in (Tokens()[i] for i in range(5))]).double()
     assert found.positions == len(real)
     torch.testing.assert_close(found.total[0], real.T @ real)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_layers_with_a_forward_of_their_own_are_known():
+    for plain in (nn.Linear(2, 2), nn.Conv1d(2, 2, 1), nn.Conv2d(2, 2, 1), nn.MultiheadAttention(4, 2).out_proj):
+        assert own_forward(plain) == ""
+    assert own_forward(Scaled(2, 2)) == "its class Scaled has a forward pass of its own"
+    assert "Bilinear has a forward pass of its own" in own_forward(nn.Bilinear(2, 2, 2))

@@ -201,11 +201,22 @@ def _sources(node: Node) -> list[tuple[Node, bool]]:
     if _is_mark(node) or name in _PASSED:
         return [(node.args[0], False)] if isinstance(node.args[0], Node) else []
     computed = [part for part in node.all_input_nodes if part.op != "placeholder" or _is_input(part)]
+    first, second = (*node.args, None)[:2]
     if name in ("add", "sub"):
-        return [(part, len(computed) > 1) for part in computed]
-    if name in ("mul", "div") and len(computed) == 1:
+        # What is subtracted comes out with the other sign, so it is no guess of the output.
+        positive = [first] if name == "sub" or cast(float, node.kwargs.get("alpha", 1)) <= 0 else [first, second]
+        return [(part, len(computed) > 1) for part in computed if part in positive]
+    if name in ("mul", "div") and len(computed) == 1 and _keeps_sign(first, second, name):
         return [(computed[0], False)]
     return []
+
+
+def _keeps_sign(first: Any, second: Any, name: str) -> bool:
+    """Return whether a product or quotient is one of its two operands, scaled; a learned scale is taken as positive."""
+    if isinstance(first, Node) and isinstance(second, Node):
+        return first is not second and (name == "mul" or _is_input(first) or first.op != "placeholder")
+    factor = second if isinstance(first, Node) else first
+    return isinstance(factor, (int, float)) and factor > 0 and (name == "mul" or factor is second)
 
 
 def _is_input(node: Node) -> bool:

@@ -100,7 +100,8 @@ def returned_structure(path: str, args: tuple[Any, ...], kwargs: Mapping[str, An
         output: what it returned.
 
     Raises:
-        SurgeryError: if its first output has not the shape of its first input, or another output is none of its inputs.
+        SurgeryError: if its first output has not the shape of its first input, or another output, be it a tensor or a
+            number, is none of its inputs.
     """
     first_in, main = next(tensors_in([*args, *kwargs.values()]), None), next(tensors_in(output), None)
     if first_in is None or main is None or first_in.shape != main.shape:
@@ -116,11 +117,17 @@ def returned_structure(path: str, args: tuple[Any, ...], kwargs: Mapping[str, An
             return "first"
         if value is None:
             return None
-        if isinstance(value, (bool, int, float, str)):
+        if isinstance(value, (bool, str)):
             return {"value": value}
         for key, argument in named:
             if argument is value:
                 return {"argument": key}
+        if isinstance(value, (int, float)):
+            raise SurgeryError(
+                f"The block `{path}` cannot be bypassed: it also returns the number {value}, which may be another one "
+                "for other inputs.",
+                "let the part of the model that reads the number compute it",
+            )
         if isinstance(value, Mapping):
             return {"dict": {str(key): describe(item) for key, item in value.items()}}
         if isinstance(value, (tuple, list)):

@@ -30,8 +30,14 @@ class LowRank(nn.Sequential):
             return getattr(self[-1], "out_features" if name == "embedding_dim" else name)
         if name in ("kernel_size", "stride", "dilation"):  # Along each dimension one part alone has more than 1.
             return tuple(max(sizes) for sizes in zip(*(getattr(part, name) for part in self), strict=True))
-        if name == "padding":
-            return tuple(map(sum, zip(*(part.padding for part in self), strict=True)))
+        if name == "padding":  # In words it is that of the parts with more than one position.
+            paddings = [part.padding for part in self]
+            words = [padding for padding in paddings if isinstance(padding, str)]
+            return words[0] if words else tuple(map(sum, zip(*paddings, strict=True)))
+        if name == "padding_mode":  # A part of one position pads nothing, with zeros.
+            return next((part.padding_mode for part in self if part.padding_mode != "zeros"), "zeros")
+        if name == "groups":
+            return max(cast(int, part.groups) for part in self)
         if name == "weight":
             return self._composed()
         return super().__getattr__(name)

@@ -52,7 +52,7 @@ def replace_(module: nn.Module, path: str, layer: nn.Module, inputs: Any) -> tup
         reason = check_shapes(changed, inputs, before)
         handle.remove()
         if not reason and not calls:
-            reason = "the model reads the weight of the layer, it does not call it"
+            reason = "the model does not call the layer, at most it reads the weight"
         if reason:
             replace_everywhere_(changed, path, old)
             raise SurgeryError(f"With a {_name(layer)} in the place of `{path}` {reason}")

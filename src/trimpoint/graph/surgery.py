@@ -24,7 +24,7 @@ from trimpoint.graph.edits import (
 )
 from trimpoint.graph.head_sizes import head_sizes, says_heads
 from trimpoint.graph.replacement import replace_
-from trimpoint.graph.running import check_shapes, compare, evaluating, in_double, run
+from trimpoint.graph.running import UNCHECKED, Probe, check_shapes, check_values, evaluating, probing, run, run_probe
 from trimpoint.parts import Group
 
 __all__ = [
@@ -64,6 +64,8 @@ def bypass_(module: nn.Module, path: str, inputs: Any) -> list[Edit]:
         SurgeryError: if the block's outputs cannot be made without it, or the model no longer runs; the model is then
             as it was.
     """
+    if not path:
+        raise SurgeryError("The whole model cannot be bypassed.", "name one of its blocks")
     try:
         block = module.get_submodule(path)
     except AttributeError as error:
@@ -101,7 +103,8 @@ def remove_units_(
     """Remove units from coupled groups, in place, and check the result by running it.
 
     The model must run, keep the shapes of its outputs, and compute what it computes with all weights of the removed
-    channels at zero. Groups for which it does not are left whole. Sizes are counted on `inputs` alone.
+    channels at zero; the samples of `inputs` but the first are drawn anew for that, see `drawn_around`. Groups for
+    which it does not, or cannot be told, are left whole.
 
     Args:
         module: the model that `groups` belong to.
@@ -118,40 +121,44 @@ def remove_units_(
         UnknownNameError: if there is no such group.
     """
     chosen = _checked(groups, removals)
+    if not chosen:
+        return [], {}
     failed: dict[str, str] = {}
     accepted: list[str] = []
     stated: list[Edit] = []
 
-    def attempt(names: list[str], inputs: Any) -> str:
-        reason = ""
+    def attempt(names: list[str], probe: Probe) -> str:
+        wanted = {name: chosen[name] for name in [*accepted, *names]}
+        reference, reason = _masked_outputs(module, wanted, probe), ""
         for sizes in head_sizes(module, {name: chosen[name] for name in names}):
-            wanted = {name: chosen[name] for name in [*accepted, *names]}
-            found = _attempt(module, wanted, [*stated, *sizes], inputs)
+            found = _attempt(module, wanted, [*stated, *sizes], probe, reference)
             if not found:
                 # An attribute of another name that is not needed has this value for a reason of its own.
                 for other in dict.fromkeys(edit.name for edit in sizes if not says_heads(edit.name)):
                     fewer = [edit for edit in sizes if edit.name != other]
-                    sizes = sizes if _attempt(module, wanted, [*stated, *fewer], inputs) else fewer
+                    sizes = sizes if _attempt(module, wanted, [*stated, *fewer], probe, reference) else fewer
                 stated.extend(sizes)
                 return ""
             reason = reason or found
         return reason
 
-    def settle(sets: list[list[str]], inputs: Any) -> None:
+    def settle(sets: list[list[str]], probe: Probe) -> None:
         names = [name for alike in sets for name in alike]
-        reason = attempt(names, inputs) if names else ""
+        reason = attempt(names, probe) if names else ""
         if not reason:
             accepted.extend(names)
         elif len(sets) == 1:
-            heads = any(chosen[name][0].kind == "heads" for name in names)
+            heads = any(chosen[name][0].kind == "heads" for name in names) and reason != UNCHECKED
             failed.update(dict.fromkeys(names, reason + _FIXED * heads))
         else:
-            settle(sets[: len(sets) // 2], inputs)
-            settle(sets[len(sets) // 2 :], inputs)
+            settle(sets[: len(sets) // 2], probe)
+            settle(sets[len(sets) // 2 :], probe)
 
-    precise = any(group.kind == "heads" for group, _ in chosen.values())
-    with evaluating(module), in_double(module, inputs, precise) as read:
-        settle(together([group for group, _ in chosen.values()]), read)
+    with evaluating(module), probing(module, inputs) as probe:
+        if probe.tells:
+            settle(together([group for group, _ in chosen.values()]), probe)
+        else:
+            failed.update(dict.fromkeys(chosen, UNCHECKED))
     edits = [*_edits(module, {name: chosen[name] for name in accepted}), *stated]
     apply_edits_(module, edits)
     return edits, failed
@@ -194,7 +201,10 @@ def _positions(chosen: _Choice) -> dict[tuple[str, str, int], set[int]]:
 
 def tensor_of(module: nn.Module, path: str, name: str) -> Tensor:
     """Return a parameter or buffer by the path of its module and its name."""
-    return cast(Tensor, getattr(module.get_submodule(path), name))
+    part: Any = module
+    for child in path.split(".") if path else ():
+        part = part._modules[child]  # get_submodule is slow
+    return cast(Tensor, getattr(part, name))
 
 
 def _edits(module: nn.Module, chosen: _Choice) -> list[Edit]:
@@ -257,9 +267,10 @@ def _convolution_attributes(part: Any, shape: Sequence[int]) -> dict[str, int | 
     return {"in_channels": shape[1] * groups, "out_channels": shape[0], "groups": groups}
 
 
-def _attempt(module: nn.Module, chosen: _Choice, stated: Sequence[Edit], inputs: Any) -> str:
-    """Remove units, compare with the model that does not read them, undo; return what is wrong or `""`."""
-    reference = _masked_outputs(module, chosen, inputs)
+def _attempt(
+    module: nn.Module, chosen: _Choice, stated: Sequence[Edit], probe: Probe, reference: Sequence[Tensor]
+) -> str:
+    """Remove units, compare with the outputs of the model that does not read them, undo; return what is wrong."""
     edits = [*_edits(module, chosen), *stated]
     tensors = {
         id(t): (t, t.data) for e in edits if isinstance(e, ResizeEdit) for t in [tensor_of(module, e.path, e.parameter)]
@@ -268,8 +279,7 @@ def _attempt(module: nn.Module, chosen: _Choice, stated: Sequence[Edit], inputs:
     attributes = [(part, name, getattr(part, name)) for part, name in values]
     try:
         apply_edits_(module, edits)
-        reason = check_shapes(module, inputs, reference)
-        return f"without these channels {reason}" if reason else compare(run(module, inputs), reference)
+        return check_values(module, probe, reference)
     finally:
         for tensor, data in tensors.values():
             tensor.data = data
@@ -277,7 +287,7 @@ def _attempt(module: nn.Module, chosen: _Choice, stated: Sequence[Edit], inputs:
             setattr(part, name, value)
 
 
-def _masked_outputs(module: nn.Module, chosen: _Choice, inputs: Any) -> list[Tensor]:
+def _masked_outputs(module: nn.Module, chosen: _Choice, probe: Probe) -> list[Tensor]:
     """Run the model with zeros wherever the chosen units are made, passed on or read."""
     saved: dict[int, tuple[Tensor, Tensor]] = {}
     for group, units in chosen.values():
@@ -291,7 +301,7 @@ def _masked_outputs(module: nn.Module, chosen: _Choice, inputs: Any) -> list[Ten
             positions = [position for unit in units for position in member.indices[unit]]
             tensor.data.index_fill_(member.dim, torch.tensor(positions, device=tensor.device), 0)
     try:
-        return run(module, inputs)
+        return run_probe(module, probe)
     finally:
         for tensor, data in saved.values():
             tensor.data = data

@@ -24,6 +24,7 @@ _HINT = (
     "give the part that can be exported as `Task(core=...)`, or rewrite the line without control flow that depends on "
     "tensor values"
 )
+_CACHE_HINT = "ask the model not to return its cache of keys and values: `model.config.use_cache = False`"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ def trace(module: nn.Module, inputs: Any) -> Trace:
     inputs = doubled(inputs)
     try:
         with torch.no_grad():
-            call(module, inputs)
+            outputs = call(module, inputs)
     except Exception as error:
         raise TraceError(
             f"The model {type(original).__name__} does not run on the example inputs: {_where(error, module)}",
@@ -72,10 +73,16 @@ def trace(module: nn.Module, inputs: Any) -> Trace:
     try:
         program = _export(module, inputs)
     except Exception as error:
+        hint = _CACHE_HINT if _has_cache(outputs) or "Cache" in str(error) else _HINT
         raise TraceError(
-            f"The model {type(original).__name__} could not be traced: {_where(error, module)}", _HINT
+            f"The model {type(original).__name__} could not be traced: {_where(error, module)}", hint
         ) from error
     return Trace(program, _owners(program, module), _modules(program), inputs, module)
+
+
+def _has_cache(outputs: Any) -> bool:
+    found = outputs.values() if isinstance(outputs, Mapping) else outputs if isinstance(outputs, (tuple, list)) else ()
+    return any(type(value).__name__.endswith("Cache") for value in found)
 
 
 def doubled(inputs: Any) -> Any:

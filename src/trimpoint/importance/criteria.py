@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from trimpoint.importance.evidence import Evidence
 from trimpoint.parts import Group
 
-Criterion = Callable[[Group, Evidence], Tensor]
+Criterion = Callable[[Group, Evidence], Tensor | None]
+"""Gives nothing where it knows nothing of a group: there is no order to remove units by then."""
 
 
 def magnitude(group: Group, evidence: Evidence) -> Tensor:
@@ -33,7 +34,7 @@ def l1(group: Group, evidence: Evidence) -> Tensor:
     return _reduced(group, [values.abs().sum(1) for _, values in evidence.weights(group)])
 
 
-def taylor(group: Group, evidence: Evidence) -> Tensor:
+def taylor(group: Group, evidence: Evidence) -> Tensor | None:
     """Return the first-order Taylor expansion of the loss, `[units]`.
 
     For each batch of the calibration data and each module that the unit runs through, the square of the sum of
@@ -44,10 +45,10 @@ def taylor(group: Group, evidence: Evidence) -> Tensor:
     for member, products in evidence.batch_products(group):
         key = (member.path, member.role)
         change[key] = change[key] + products if key in change else products
-    return _total(group, [values.square().sum(0) for values in change.values()])
+    return _total([values.square().sum(0) for values in change.values()])
 
 
-def fisher(group: Group, evidence: Evidence) -> Tensor:
+def fisher(group: Group, evidence: Evidence) -> Tensor | None:
     """Return half the sum of squared weights times the diagonal of the empirical Fisher information, `[units]`.
 
     The saliency of LeCun, Denker and Solla, "Optimal brain damage" (1990), summed over a unit, with the mean squared
@@ -57,10 +58,10 @@ def fisher(group: Group, evidence: Evidence) -> Tensor:
         (evidence.slices(member).square() * curvature).sum(1) / 2
         for member, curvature in evidence.squared_gradients(group)
     ]
-    return _total(group, parts)
+    return _total(parts)
 
 
-def group_fisher(group: Group, evidence: Evidence) -> Tensor:
+def group_fisher(group: Group, evidence: Evidence) -> Tensor | None:
     """Return half the Fisher information of a gate on each unit, `[units]`.
 
     For each module that the unit runs through, the square of the sum of gradient times weight over the unit's slice,
@@ -72,7 +73,7 @@ def group_fisher(group: Group, evidence: Evidence) -> Tensor:
     for member, products in evidence.sample_products(group):
         key = (member.path, member.role)
         change[key] = change[key] + products if key in change else products
-    return _total(group, [values.square().mean(0) / 2 for values in change.values()])
+    return _total([values.square().mean(0) / 2 for values in change.values()])
 
 
 def activation(group: Group, evidence: Evidence) -> Tensor:
@@ -157,5 +158,6 @@ def _reduced(group: Group, parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(said).mean(0) if said else torch.ones(group.size, dtype=torch.float64)
 
 
-def _total(group: Group, parts: Sequence[Tensor]) -> Tensor:
-    return sum(parts, torch.zeros(group.size, dtype=torch.float64))
+def _total(parts: Sequence[Tensor]) -> Tensor | None:
+    """Return the sum of what gradients tell; nothing where there are none, as under `torch.no_grad()`."""
+    return sum(parts[1:], parts[0]) if parts else None

@@ -154,7 +154,11 @@ class Evidence:
             probe.zero_grad(set_to_none=True)
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
                 torch.manual_seed(self._ctx.seed)
-                task.loss_of(probe, batch).backward()  # type: ignore[no-untyped-call]
+                loss = task.loss_of(probe, batch)
+                if loss.requires_grad:
+                    loss.backward()  # type: ignore[no-untyped-call]
+            for buffer in probe.buffers():
+                buffer.detach_()  # A model may keep there what it has computed.
             yield probe
 
     def _needed(self, *needs: str) -> Task:

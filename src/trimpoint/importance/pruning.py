@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trimpoint.importance.scoring import NAMES, scores
 from trimpoint.method import Bounds, Context, Method, param
 from trimpoint.parts import Block, Group
+from trimpoint.sparsity.inputs import PLAIN, own_forward
 
 _UNITS = {"channels": "channels", "heads": "attention heads", "hidden": "hidden units"}
 _FOREIGN = _UNITS | {"hidden": "hidden units of a recurrent layer"}
@@ -57,7 +58,7 @@ class UnitPruning(Method):
         return {group.name: self.kept(group) for group in groups}
 
     def scored(self, ctx: Context, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """Return the importance of the units of each group, `[units]`."""
+        """Return the importance of the units of each group, `[units]`; without those of which nothing is known."""
         return scores(ctx, groups, self.importance)
 
     def prepared(self, ctx: Context, groups: Sequence[Group]) -> Sequence[Group]:  # noqa: ARG002
@@ -70,10 +71,12 @@ class UnitPruning(Method):
 
     def kept(self, group: Group) -> int:
         """Return how many units of a group are left without the share `ratio`, before rounding."""
-        return group.size - math.floor(group.size * self.ratio)
+        return group.size - share_of(self.ratio, group.size)
 
     def rounded(self, alike: Sequence[Group], wanted: int) -> int:
-        """Return the number of units nearest to `wanted` that may be kept: at least one, at most what there is."""
+        """Return how many units are kept: all where `wanted` is no fewer, else the nearest multiple, at least one."""
+        if wanted >= alike[0].size:
+            return alike[0].size
         multiple = self.multiple(alike)
         return min(alike[0].size, max(1, math.floor(wanted / multiple + 0.5)) * multiple)
 
@@ -85,10 +88,13 @@ class UnitPruning(Method):
                 _skip(ctx, alike, reason)
             else:
                 ours += alike
+        _skip_own_forwards(ctx)
         if not ours:
             return
         groups = self.prepared(ctx, ours)
         found = self.scored(ctx, groups)
+        if not (groups := self._ranked(ctx, groups, found)):
+            return
         wanted = self.wanted(ctx.module, groups, found)
         gone: dict[str, list[int]] = {}
         for alike in together(groups):
@@ -113,14 +119,34 @@ class UnitPruning(Method):
     def none_goes(self, group: Group, wanted: int) -> str:
         """Return the reason why no unit of a group goes, of which `wanted` were to be kept."""
         if wanted >= group.size:
-            return f"none of its {group.size} {_UNITS[self.units]} is among the least important {self.ratio:.0%}"
+            return f"none of its {group.size} {_UNITS[self.units]} is among the least important {100 * self.ratio:.4g}%"
         return f"removing {group.size - wanted} of {group.size} {_UNITS[self.units]} rounds to none"
+
+    def _ranked(self, ctx: Context, groups: Sequence[Group], found: Mapping[str, Tensor]) -> list[Group]:
+        """Return the groups whose units can be ranked, those that must keep equally many with all of theirs."""
+        ranked: list[Group] = []
+        for alike in together(groups):
+            if all(group.name in found for group in alike):
+                ranked += alike
+            else:
+                _skip(ctx, alike, f"the loss has no gradient there, and {self.importance!r} cannot rank units without")
+        return ranked
 
     def _refusal(self, model: nn.Module, alike: Sequence[Group]) -> str:
         group = alike[0]
         if group.reason or group.kind != self.units:
             return group.reason or f"its units are {_FOREIGN[group.kind]}, no {_FOREIGN[self.units]}"
         return self.unfit(model, alike) or ("" if self.ratio else "the ratio is 0")
+
+
+def share_of(ratio: float, count: int) -> int:
+    """Return how many whole units of `count` a ratio removes, at most its share.
+
+    Example:
+        >>> share_of(0.29, 100), share_of(0.3, 12)
+        (29, 3)
+    """
+    return math.floor(ratio * count + 1e-9)  # 0.29 * 100 is a little less than 29.
 
 
 def together(groups: Iterable[Group]) -> list[list[Group]]:
@@ -144,7 +170,7 @@ def ranked_together(
     """
     ranked = [torch.sort(found[group.name])[0][: group.size - spared] for group in groups]
     owner = torch.cat([torch.full((len(values),), index) for index, values in enumerate(ranked)])
-    count = math.floor(sum(group.size for group in groups) * ratio)
+    count = share_of(ratio, sum(group.size for group in groups))
     lost = torch.bincount(owner[torch.argsort(torch.cat(ranked), stable=True)[:count]], minlength=len(groups))
     return {group.name: group.size - count for group, count in zip(groups, lost.tolist(), strict=True)}
 
@@ -179,6 +205,14 @@ def left(model: nn.Module, groups: Sequence[Group], kept: Mapping[str, int]) -> 
         if share != 1:
             shares[path] = share
     return shares
+
+
+def _skip_own_forwards(ctx: Context) -> None:
+    """Tell of the layers that belong to no group because their own forward pass hides what they multiply with."""
+    grouped = {member.path for group in ctx.groups() for member in group.members}
+    for path, module in ctx.module.named_modules():
+        if isinstance(module, PLAIN) and path not in grouped and ctx.covers(path) and (reason := own_forward(module)):
+            ctx.skip(path, f"no removable group begins here: {reason}")
 
 
 def _skip(ctx: Context, groups: Sequence[Group], reason: str) -> None:

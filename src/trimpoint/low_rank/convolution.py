@@ -50,8 +50,8 @@ def unfolded(kernel: Tensor, dim: int) -> Tensor:
     return kernel.detach().double().movedim(dim, 0).flatten(1)
 
 
-def tucker2(kernel: Tensor, rank_in: int, rank_out: int, metric: Tensor | None = None) -> TuckerFactors:
-    """Decompose a kernel over its input and output channels.
+class Tucker:
+    """The decompositions of a kernel over its input and output channels, for any pair of ranks.
 
     Without a metric it is the higher-order singular value decomposition, whose squared error is at most the sum of both
     tails. With one, the outlet is the best for the outputs, the inlet the best for the channels of the inputs, and the
@@ -59,8 +59,6 @@ def tucker2(kernel: Tensor, rank_in: int, rank_out: int, metric: Tensor | None =
 
     Args:
         kernel: `[out, in, *kernel]`.
-        rank_in: number of channels that go into the core; no more are made than it can use.
-        rank_out: number of channels that come out of the core, likewise.
         metric: second moment of what the kernel is multiplied with, `[in · kernel, in · kernel]`.
 
     References:
@@ -69,34 +67,43 @@ def tucker2(kernel: Tensor, rank_in: int, rank_out: int, metric: Tensor | None =
         outputs instead of weights Zhang et al., "Accelerating very deep convolutional networks for classification and
         detection" (2016).
     """
-    kernel = kernel.detach().double()
-    positions = kernel[0, 0].numel()
-    rank_in, rank_out = min(rank_in, rank_out * positions), min(rank_out, rank_in * positions)
-    inlet, outlet = _leading(kernel, 1, rank_in), _leading(kernel, 0, rank_out)
-    if metric is not None:
-        return _observed_tucker2(kernel, inlet, outlet, metric)
-    core = torch.einsum("oi...,or,is->rs...", kernel, outlet, inlet)
-    scale = _unit(core.norm()) ** (1 / 3)
-    return TuckerFactors(inlet.T * scale, core / scale**2, outlet * scale)
+
+    values: tuple[Tensor, Tensor]
+    """Singular values of the unfoldings along inputs and outputs, weighted by the metric."""
+
+    def __init__(self, kernel: Tensor, metric: Tensor | None = None) -> None:
+        self.kernel = kernel.detach().double()
+        self.metric = None if metric is None else metric.double()
+        inputs = unfolded(kernel, 1)
+        outlet = decompose(unfolded(kernel, 0), metric)
+        if self.metric is None:
+            readers, values, _ = torch.linalg.svd(inputs, full_matrices=False)
+        else:
+            root = root_of(channel_moment(self.metric, len(inputs)))
+            directions, values, _ = torch.linalg.svd(root.T @ inputs, full_matrices=False)
+            readers = torch.linalg.qr(torch.linalg.solve(root.T, directions))[0]
+        self._readers, self._outlet, self.values = readers, outlet.left, (values, outlet.values)
+
+    def at(self, rank_in: int, rank_out: int) -> TuckerFactors:
+        """Return the factors of two ranks; of no more channels than the core can use."""
+        out, channels, *size = self.kernel.shape
+        positions = math.prod(size)
+        rank_in, rank_out = min(rank_in, rank_out * positions), min(rank_out, rank_in * positions)
+        reader, outlet = _leading(self._readers, rank_in, channels).T, _leading(self._outlet, rank_out, out)
+        wanted = outlet.T @ self.kernel.flatten(1)
+        core = torch.einsum("ocp,rc->orp", wanted.reshape(rank_out, channels, positions), reader).flatten(1)
+        if self.metric is not None:
+            half = torch.einsum("rc,cpx->rpx", reader, self.metric.reshape(channels, positions, -1)).flatten(0, 1)
+            inputs = torch.einsum("xcp,rc->xrp", half.reshape(-1, channels, positions), reader).flatten(1)
+            core = regression(core, inputs, wanted @ half.T, RIDGE)
+        core = core.reshape(rank_out, rank_in, *size)
+        scale = _unit(core.norm()) ** (1 / 3)
+        return TuckerFactors(reader * scale, core / scale**2, outlet * scale)
 
 
-def _observed_tucker2(kernel: Tensor, inlet: Tensor, outlet: Tensor, metric: Tensor) -> TuckerFactors:
-    out, channels, *size = kernel.shape
-    (rank_in, rank_out), matrix = (inlet.shape[1], outlet.shape[1]), kernel.flatten(1)
-    if rank_out < out:
-        outlet = decompose(matrix, metric).left[:, :rank_out]
-    reader = inlet.T
-    if rank_in < channels:
-        root = root_of(channel_moment(metric, channels))
-        directions = torch.linalg.svd(root.T @ unfolded(kernel, 1), full_matrices=False)[0][:, :rank_in]
-        reader = torch.linalg.qr(torch.linalg.solve(root.T, directions))[0].T
-    positions = math.prod(size)
-    expand = torch.kron(reader.contiguous(), torch.eye(positions, dtype=torch.float64))
-    start = outlet.T @ matrix @ expand.T
-    core = regression(start, expand @ metric @ expand.T, outlet.T @ matrix @ metric @ expand.T, RIDGE)
-    core = core.reshape(rank_out, rank_in, *size)
-    scale = _unit(core.norm()) ** (1 / 3)
-    return TuckerFactors(reader * scale, core / scale**2, outlet * scale)
+def tucker2(kernel: Tensor, rank_in: int, rank_out: int, metric: Tensor | None = None) -> TuckerFactors:
+    """Decompose a kernel over its channels with two ranks, see `Tucker`."""
+    return Tucker(kernel, metric).at(rank_in, rank_out)
 
 
 def channel_moment(metric: Tensor, channels: int) -> Tensor:
@@ -106,30 +113,42 @@ def channel_moment(metric: Tensor, channels: int) -> Tensor:
     return blocks.diagonal(dim1=1, dim2=3).mean(-1)
 
 
-def spatial(kernel: Tensor, rank: int, metric: Tensor | None = None) -> SpatialFactors:
-    """Decompose a two-dimensional kernel into a column and a row, with `rank` channels between; the best of that rank.
+class Spatial:
+    """The decompositions of a two-dimensional kernel into a column and a row, for any rank; the best of that rank.
 
     With a metric the row is then fitted with least squares to the outputs, given the column.
 
     Args:
         kernel: `[out, in, height, width]`.
-        rank: number of channels between them.
         metric: second moment of what the kernel is multiplied with, `[in · kernel, in · kernel]`.
 
     References:
         Jaderberg, Vedaldi and Zisserman, "Speeding up convolutional neural networks with low rank expansions" (2014),
         scheme 2, in the closed form of Tai et al., "Convolutional neural networks with low-rank regularization" (2016).
     """
-    out, channels, height, width = kernel.shape
-    first, second = decompose(side_by_side(kernel)).at(rank)
-    row = second.reshape(out, width, rank).permute(0, 2, 1)
-    if metric is not None:
-        expand = torch.kron(first.contiguous(), torch.eye(width, dtype=torch.float64))
-        matrix = kernel.detach().double().flatten(1)
-        cross = matrix @ metric @ expand.T
-        row = regression(row.reshape(out, rank * width), expand @ metric @ expand.T, cross, RIDGE)
-        row = row.reshape(out, rank, width)
-    return SpatialFactors(first.reshape(rank, channels, height, 1), row[:, :, None])
+
+    def __init__(self, kernel: Tensor, metric: Tensor | None = None) -> None:
+        self.kernel = kernel.detach().double()
+        self.metric = None if metric is None else metric.double()
+        self._found = decompose(side_by_side(kernel))
+
+    def at(self, rank: int) -> SpatialFactors:
+        """Return the factors with `rank` channels between them."""
+        out, channels, height, width = self.kernel.shape
+        first, second = self._found.at(rank)
+        row = second.reshape(out, width, rank).permute(0, 2, 1)
+        if self.metric is not None:
+            metric = self.metric.reshape(channels * height, width, -1)
+            half = torch.einsum("rk,kwx->rwx", first, metric).flatten(0, 1)
+            inputs = torch.einsum("xkw,rk->xrw", half.reshape(len(half), -1, width), first).flatten(1)
+            cross = self.kernel.flatten(1) @ half.T
+            row = regression(row.flatten(1), inputs, cross, RIDGE).reshape(out, rank, width)
+        return SpatialFactors(first.reshape(rank, channels, height, 1), row[:, :, None])
+
+
+def spatial(kernel: Tensor, rank: int, metric: Tensor | None = None) -> SpatialFactors:
+    """Decompose a two-dimensional kernel into a column and a row, see `Spatial`."""
+    return Spatial(kernel, metric).at(rank)
 
 
 def side_by_side(kernel: Tensor) -> Tensor:
@@ -138,13 +157,9 @@ def side_by_side(kernel: Tensor) -> Tensor:
     return kernel.detach().double().permute(0, 3, 1, 2).reshape(out * width, channels * height)
 
 
-def _leading(kernel: Tensor, dim: int, rank: int) -> Tensor:
-    """Return the leading left singular vectors of an unfolding, `[size of dim, rank]`; all of them as the identity."""
-    matrix = unfolded(kernel, dim)
-    if rank == len(matrix):
-        return torch.eye(rank, dtype=torch.float64)
-    left: Tensor = torch.linalg.svd(matrix, full_matrices=False)[0]
-    return left[:, :rank]
+def _leading(directions: Tensor, rank: int, size: int) -> Tensor:
+    """Return the first directions, `[size, rank]`; all of them as the identity."""
+    return torch.eye(size, dtype=torch.float64) if rank == size else directions[:, :rank]
 
 
 def _unit(value: Tensor) -> Tensor:

@@ -83,6 +83,20 @@ def regression(weight: Tensor, inputs: Tensor, cross: Tensor, ridge: float) -> T
     return weight + change
 
 
+def lost_share(lost: Tensor, weight: Tensor, metric: Tensor | None = None) -> float:
+    """Return the share of the sum of squares that is lost: `tr(D C Dᵀ) ÷ tr(W C Wᵀ)`, 0 where there is none to lose.
+
+    Args:
+        lost: D, a matrix `[out, in]` or a kernel.
+        weight: W, likewise.
+        metric: C, `[in, in]`; `None` where all inputs count the same.
+    """
+    sums = []
+    for matrix in (lost.detach().double().flatten(1), weight.detach().double().flatten(1)):
+        sums.append(float(((matrix if metric is None else matrix @ metric.double()) * matrix).sum()))
+    return max(0.0, sums[0] / sums[1]) if sums[1] > 0 else 0.0
+
+
 def _weighted(weight: Tensor, metric: Tensor | None) -> Tensor:
     if metric is None or not bool(metric.any()):
         return weight

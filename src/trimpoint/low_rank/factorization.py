@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from trimpoint.errors import DataError
 from trimpoint.graph.layers import LowRank
 from trimpoint.graph.masks import MASKED, masks_of
-from trimpoint.low_rank.ranks import RULES, RankRule
+from trimpoint.low_rank.ranks import RULES, PairCost, RankRule
 from trimpoint.method import Bounds, Context, Method, Site, param
 from trimpoint.parts import Block, Group
 from trimpoint.task import Task
@@ -45,7 +45,12 @@ class Factorization(Method):
     energy: float = param(
         0.95, doc='share of the (weighted) sum of squares that is kept, for rank="energy"', bounds=Bounds(gt=0, le=1)
     )
-    round_to: int = param(1, doc="ranks are multiples of this; 8 or 16 suit most kernels", bounds=Bounds(ge=1))
+    round_to: int = param(
+        1,
+        doc="ranks are multiples of this, by ratio rounded down to one of them at least, by energy rounded up; 8 or 16 "
+        "suit most kernels",
+        bounds=Bounds(ge=1),
+    )
     weighting: str = param(
         "auto",
         doc="what an error counts: all weights the same, by the layer's inputs, by the Fisher information of the loss, "
@@ -69,13 +74,15 @@ class Factorization(Method):
 
     @abstractmethod
     def saved(self, layer: nn.Module) -> int:
-        """Return how many parameters fewer the factors of a layer have by `rank="ratio"`; 0 where it stays."""
+        """Return how many weights fewer the factors of a layer have by `rank="ratio"`; 0 where it stays.
 
-    def saved_by_pair(self, rows: int, columns: int) -> int:
-        """Return how many parameters fewer the two factors of a matrix have by `rank="ratio"`."""
-        cost, whole = rows + columns, rows * columns
-        rank = self.rule.by_ratio(min(rows, columns), cost, whole)
-        return whole - rank * cost if rank else 0
+        Where they save fewer multiplications than weights, as before a stride, it is those, per position of the output.
+        """
+
+    def saved_by_pair(self, cost: PairCost) -> int:
+        """Return what `saved` returns of a pair of factors."""
+        rank = self.rule.by_ratio(cost)
+        return 0 if isinstance(rank, str) else cost.whole - rank * cost.size
 
     def sites(self, ctx: Context) -> list[Site]:
         """Return the layers in scope that can be replaced; the others are skipped with the reason."""
@@ -106,7 +113,7 @@ class Factorization(Method):
         return self.weighting
 
     def forecast(self, model: nn.Module, blocks: Sequence[Block], groups: Sequence[Group]) -> Mapping[str, float]:  # noqa: ARG002
-        """Return the share of parameters that is left of each layer that is replaced.
+        """Return the share that is left of each layer that is replaced: of parameters or multiplications, the larger.
 
         Nothing is said of ranks that are found in the weights and the data, by `rank="energy"` or `"bayes"`.
         """
@@ -121,7 +128,7 @@ class Factorization(Method):
 
 
 def _sites_in(model: nn.Module, targets: Sequence[str]) -> Iterator[Site]:
-    """Yield the modules of some classes, without those inside of an `nn.MultiheadAttention`, which reads their weight.
+    """Yield the modules of some classes.
 
     Args:
         model: unmodified.
@@ -129,9 +136,7 @@ def _sites_in(model: nn.Module, targets: Sequence[str]) -> Iterator[Site]:
     """
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for path, module in model.named_modules():
-        parent = model.get_submodule(path.rpartition(".")[0])
-        inside = path and isinstance(parent, nn.MultiheadAttention)
-        if not inside and set(targets) & {kind.__name__ for kind in type(module).__mro__}:
+        if set(targets) & {kind.__name__ for kind in type(module).__mro__}:
             tied = any(holders[id(p)] > 1 for p in module.parameters(recurse=False))
             yield Site(path=path, origin=path, module=module, tied=tied)
 
@@ -144,9 +149,11 @@ def irreplaceable(model: nn.Module, site: Site, plain: type[nn.Module] | None) -
         site: the layer.
         plain: the class whose forward pass the factors stand for; `None` where that was looked at already.
     """
-    parent = site.path.rpartition(".")[0]
-    if site.path and isinstance(model.get_submodule(parent), LowRank):
+    parent = model.get_submodule(site.path.rpartition(".")[0])
+    if site.path and isinstance(parent, LowRank):
         return "it is a factor of a layer already"
+    if site.path and isinstance(parent, nn.MultiheadAttention):
+        return "its weight is read by nn.MultiheadAttention, which does not call it"
     if site.tied:
         return "it shares its weight with another module"
     if masks_of(site.module):
@@ -155,6 +162,7 @@ def irreplaceable(model: nn.Module, site: Site, plain: type[nn.Module] | None) -
         return "its weight is computed from others (a parametrization)"
     if plain is not None and type(site.module).forward is not plain.forward:
         return f"its class {type(site.module).__name__} has a forward pass of its own"
-    if site.module._forward_hooks or site.module._forward_pre_hooks:
+    if any(value for name, value in vars(site.module).items() if name.endswith("_hooks") and isinstance(value, dict)):
         return "it has hooks, which would be lost"
-    return ""
+    empty = any(not p.numel() for p in site.module.parameters(recurse=False))
+    return "its weight is empty" if empty else ""

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-24
+
 
 class Moments:
     """Mean and covariance of row vectors, updated batch by batch.
@@ -41,6 +43,37 @@ class Moments:
     def second_moment(self) -> Tensor:
         """`[size, size]`, around zero."""
         return self.covariance + torch.outer(self.mean, self.mean)
+
+    def metric(self, centred: bool) -> Tensor | None:
+        """Return the covariance or the second moment; `None` where it is zero but for rounding, and so says nothing."""
+        found = self.covariance if centred else self.second_moment
+        return None if bool(found.trace() <= _ROUNDING * self.mean.square().sum()) else found
+
+
+def shrunk(moment: Tensor, count: float) -> Tensor:
+    """Draw a covariance or second moment towards a multiple of the identity: the oracle approximating shrinkage (OAS).
+
+    How far is a closed form of the moment and the number of rows: the limit of the iteration towards the least expected
+    squared error, for normally distributed rows. From one row or few it is all the way.
+
+    Args:
+        moment: `[size, size]`.
+        count: number of independent rows that it is the mean of.
+
+    References:
+        Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation" (2010), equation 23.
+
+    Example:
+        >>> shrunk(torch.diag(torch.tensor([2.0, 0.0])), 1)
+        tensor([[1., 0.],
+                [0., 1.]], dtype=torch.float64)
+    """
+    moment = moment.double()
+    size = len(moment)
+    total, squares = float(moment.trace()), float(moment.square().sum())
+    spread = (count + 1 - 2 / size) * (squares - total**2 / size)
+    share = 1.0 if spread <= 0 else min(1.0, ((1 - 2 / size) * squares + total**2) / spread)
+    return (1 - share) * moment + share * total / size * torch.eye(size, dtype=torch.float64)
 
 
 def _scatter_of(rows: Tensor, mean: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
-from trimpoint.graph import bypass_
+from trimpoint.graph import Bypass, bypass_
+from trimpoint.graph.edits import tensors_in
+from trimpoint.importance.scoring import finite
 from trimpoint.losses import for_loss_
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
 from trimpoint.parts import Block, Group
@@ -38,7 +40,7 @@ class DropBlocks(Method):
         one short recovery for each block that is left, for each block that goes.
     Needs:
         Example inputs to find the blocks; `calibrate` data for `rank="influence"`, a loss as well for `rank="loss"`,
-        and `train` data as well for `rank="greedy"`.
+        and `train` data as well for `rank="greedy"` with `rank_steps` above 0.
     Leaves alone:
         Blocks that change the shape (the first of a stage), and everything outside of blocks. Named in `blocks`, any
         module goes whose output has the shape of its input.
@@ -51,7 +53,9 @@ class DropBlocks(Method):
     """
 
     ratio: float = param(0.5, doc="share of the removable blocks to remove", bounds=Bounds(ge=0, le=1), noop=0.0)
-    blocks: tuple[str, ...] = param((), doc="paths of the blocks to remove; where given, `ratio` does not count")
+    blocks: tuple[str, ...] = param(
+        (), doc="paths of the blocks to remove, in scope of the step; where given, `ratio` does not count"
+    )
     rank: str = param(
         "even",
         doc="which go: evenly spread, the last ones, those that change their input least, those without which the loss "
@@ -72,12 +76,8 @@ class DropBlocks(Method):
         """Bypass the chosen blocks."""
         blocks = ctx.blocks()
         if self.blocks:
-            known = [block.path for block in blocks]
-            for path in (path for path in self.blocks if path not in known):
-                if path not in dict(ctx.module.named_modules()) or ctx.task is None:
-                    raise UnknownNameError(f"{path!r} is no block in scope that can be removed.", suggest(path, known))
-                bypass_(copy.deepcopy(ctx.module), path, ctx.task.example_batch(2))  # Says why where it cannot go.
-            return self._bypass(ctx, self.blocks, dict.fromkeys(self.blocks, "named in the plan"))
+            named = self._named(ctx, [block.path for block in blocks])
+            return self._bypass(ctx, named, dict.fromkeys(named, "named in the plan"))
         count = math.floor(self.ratio * len(blocks) + 0.5)
         if not count:
             for block in blocks:
@@ -88,8 +88,8 @@ class DropBlocks(Method):
             found = influence(ctx, paths)
             return self._bypass(ctx, least(found, count), {p: f"influence {value:.4f}" for p, value in found.items()})
         if self.rank in ("loss", "greedy"):
-            rounds = count if self.rank == "greedy" else 1
-            chosen, losses = by_loss(ctx, paths, count, rounds, steps=self.rank_steps if rounds > 1 else 0)
+            rounds, steps = (count, self.rank_steps) if self.rank == "greedy" else (1, 0)
+            chosen, losses = by_loss(ctx, paths, count, rounds, steps=steps)
             return self._bypass(ctx, chosen, {p: f"a loss of {losses[p]:.4g} without it" for p in chosen})
         return self._bypass(ctx, spread(blocks, count, last=self.rank == "last"), {})
 
@@ -114,6 +114,30 @@ class DropBlocks(Method):
         """Return that nothing is left of the blocks that go."""
         paths = self.blocks or spread(blocks, math.floor(self.ratio * len(blocks) + 0.5), last=self.rank == "last")
         return dict.fromkeys(paths, 0.0)
+
+    def _named(self, ctx: Context, known: list[str]) -> list[str]:
+        """Return the first path of each module in `blocks`, once; `known` are those of the blocks that are found."""
+        first = {module: path for path, module in ctx.module.named_modules()}
+        modules = dict(ctx.module.named_modules(remove_duplicate=False))
+        found: dict[str, str] = {}
+        for name in self.blocks:
+            if name not in modules or ctx.task is None:
+                raise UnknownNameError(f"{name!r} is no block in scope that can be removed.", suggest(name, known))
+            path = first[modules[name]]
+            if not path:
+                raise SurgeryError("The whole model cannot be bypassed.", "name one of its blocks")
+            if not (ctx.covers(path) or ctx.covers(name)):
+                raise UnknownNameError(f"The block `{name}` is out of scope of its step.", "check the step's `where`")
+            if isinstance(modules[name], Bypass):
+                ctx.skip(path, "it was removed before")
+                continue
+            if path not in known:
+                bypass_(copy.deepcopy(ctx.module), path, ctx.task.example_batch(2))  # Says why where it cannot go.
+            found.setdefault(path, name)
+        for path, outer in product(found, found):
+            if path.startswith(f"{outer}."):
+                raise SurgeryError(f"`{found[path]}` is part of `{found[outer]}`, which goes too.", "name one of them")
+        return list(found)
 
     def _bypass(self, ctx: Context, paths: Sequence[str], reasons: dict[str, str]) -> None:
         for path in paths:
@@ -148,8 +172,9 @@ def spread(blocks: Sequence[Block], count: int, *, last: bool = False) -> list[s
 
 
 def least(influences: dict[str, float], count: int) -> list[str]:
-    """Return the `count` paths of least influence, in the order given."""
-    chosen = sorted(influences, key=lambda path: influences[path])[:count]
+    """Return the `count` paths of least influence, in the order given; NaN counts as infinite."""
+    ranks = {path: math.inf if math.isnan(value) else value for path, value in influences.items()}
+    chosen = sorted(ranks, key=lambda path: ranks[path])[:count]
     return [path for path in influences if path in chosen]
 
 
@@ -171,6 +196,7 @@ def by_loss(
 
     Raises:
         DataError: if the task has no calibration data or no loss, or no training data for `steps` > 0.
+        ModelError: if there are not enough blocks without which the loss is a finite number.
     """
     task = cast(Task, ctx.task)  # Finding the blocks needed one.
     for need in ("calibrate", "loss", *(["train"] if steps else [])):
@@ -179,7 +205,7 @@ def by_loss(
     base, chosen, losses = copy.deepcopy(ctx.module), list[str](), dict[str, float]()
     for turn in range(rounds):
         found: dict[str, float] = {}
-        leader: nn.Module | None = None
+        leader, lowest = base, math.inf
         for path in (p for p in paths if p not in chosen):
             model = copy.deepcopy(base)
             try:
@@ -195,13 +221,13 @@ def by_loss(
                     short_settings(model, steps, seed=ctx.seed),
                 )
             loss = mean_loss(model, task)
-            if loss < min(found.values(), default=math.inf):
-                leader = model
+            if loss < lowest:
+                leader, lowest = model, loss
             found[path] = loss
         best = least(found, -(-(count - len(chosen)) // (rounds - turn)))
         chosen += best
-        losses |= {path: found[path] for path in best}
-        base = leader or base
+        losses |= {path: finite(found[path], f"The loss without the block `{path}`") for path in best}
+        base = leader
     return [path for path in paths if path in chosen], losses
 
 
@@ -224,14 +250,15 @@ def influence(ctx: Context, paths: Sequence[str]) -> dict[str, float]:
 
     Raises:
         DataError: if the task has no calibration data.
+        ModelError: if the influence of a block is not finite.
     """
     total, count = dict.fromkeys(paths, 0.0), dict.fromkeys(paths, 0)
 
     def observe(path: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        before, after = flatten(inputs)[0], flatten(output)[0]
+        before, after = next(tensors_in(inputs)), next(tensors_in(output))
         cosine: Tensor = torch.cosine_similarity(before.float(), after.float(), 1 if before.ndim == 4 else -1)
         total[path] += float((1 - cosine).sum())
         count[path] += cosine.numel()
 
     ctx.calibrate(observe, paths)
-    return {path: total[path] / max(1, count[path]) for path in paths}
+    return {path: finite(total[path] / max(1, count[path]), f"The influence of the block `{path}`") for path in paths}

@@ -1,27 +1,27 @@
 """Replace convolutions by thinner ones in a row."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from trimpoint.graph.layers import LowRank
-from trimpoint.low_rank import Moments, RankRule, decompose, spatial, tucker2, vbmf_rank
-from trimpoint.low_rank.convolution import channel_moment, side_by_side, unfolded
-from trimpoint.low_rank.decomposition import root_of
+from trimpoint.low_rank import PairCost, RankRule, Spatial, Tucker, decompose, lost_share, shrunk, vbmf_rank
+from trimpoint.low_rank.convolution import side_by_side, unfolded
 from trimpoint.low_rank.factorization import Factorization, irreplaceable
-from trimpoint.low_rank.fit import filled
-from trimpoint.low_rank.observed import gather, patches_of
+from trimpoint.low_rank.fit import Metric, Weights, filled, weights_of
+from trimpoint.low_rank.observed import patches_of
 from trimpoint.low_rank.ranks import TuckerCost, tucker_ranks
 from trimpoint.method import Context, Fact, Site, Stage, Traits, param
 
 MOST_FEATURES = 4_608
 POSITIONS = 1_024
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TINY = 1e-300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +39,23 @@ class FactorizeConv(Factorization):
         the processor, and a narrow chain may be slower than the one convolution was.
     What it costs:
         Quality falls with the rank; plan a recovery step behind it. `weighting="activation"`, which fits the factors
-        to the layer's outputs at random positions of the calibration data, costs one pass over it.
+        to the layer's outputs at random positions of the calibration data, costs one pass over it; from little data
+        its result lies between that and the plain one.
     Needs:
         `calibrate` data for `weighting="activation"` (which `"auto"` takes where there is such data); kernels that
         read more than 4,608 numbers at a time are fitted without it.
     Leaves alone:
         Grouped and depthwise convolutions, those that share their weight, compute it from others or have a forward
-        pass of their own, and those whose factors would have no fewer parameters; with `form="spatial"` also kernels
-        that have not two sides.
+        pass of their own, and those whose factors would have no fewer parameters or, as the first of them runs before
+        the stride, take no fewer multiplications; with `form="spatial"` also kernels that have not two sides.
 
     References:
         Kim et al., "Compression of deep convolutional neural networks for fast and low power mobile applications"
         (2016), for Tucker-2 and for `rank="bayes"`; Jaderberg, Vedaldi and Zisserman, "Speeding up convolutional neural
         networks with low rank expansions" (2014), for the spatial form, and Tai et al., "Convolutional neural networks
         with low-rank regularization" (2016), for its closed solution; Zhang et al., "Accelerating very deep
-        convolutional networks for classification and detection" (2016), for outputs in the place of weights.
+        convolutional networks for classification and detection" (2016), for outputs in the place of weights; Chen et
+        al., "Shrinkage algorithms for MMSE covariance estimation" (2010), for what little data is worth.
     """
 
     form: str = param(
@@ -77,28 +79,37 @@ class FactorizeConv(Factorization):
 
     def apply(self, ctx: Context) -> None:
         """Replace every convolution in scope that becomes smaller."""
-        sites = self.sites(ctx)
-        moments = self._moments(ctx, sites) if sites else {}
+        if not (sites := self.sites(ctx)):
+            return
+        weights, rows = self._weights(ctx, sites)
         for site in sites:
-            made = self._factors(site.module, moments.get(site.path))
+            metric = weights.metric(site.path, site.module.bias is not None)
+            made = metric if isinstance(metric, str) else self._factors(site.module, metric, rows.get(site.path, 0))
             if isinstance(made, str):
                 ctx.skip(site.path, made)
             else:
                 ctx.replace(site.path, *made)
 
-    def _moments(self, ctx: Context, sites: Sequence[Site]) -> dict[str, Moments]:
-        """Return the moments of what kernels are multiplied with, where they are asked for and not too large."""
-        if self.weighting_for(ctx.task) == "none":
-            return {}
+    def _weights(self, ctx: Context, sites: Sequence[Site]) -> tuple[Weights, dict[str, float]]:
+        """Return what kernels are multiplied with, where it is asked for and not too large, and what it is worth.
+
+        The latter in independent rows. Patches of an image are more alike than those of different images, so that it is
+        more than the images and less than the patches: the geometric mean of both numbers.
+        """
         layers: dict[str, Any] = {site.path: site.module for site in sites}
         sizes = {path: layer.weight[0].numel() for path, layer in layers.items()}
-        sizes = {path: size for path, size in sizes.items() if size <= MOST_FEATURES}
+        images: Counter[str] = Counter()
 
         def rows(path: str, value: Tensor, _kept: Tensor | None) -> Tensor:
-            return patches_of(layers[path], value, POSITIONS, ctx.rng)
+            layer = layers[path]
+            images[path] += len(value) if value.ndim == len(layer.kernel_size) + 2 else 1
+            return patches_of(layer, value, POSITIONS, ctx.rng)
 
-        found = gather(ctx, sizes, rows) if sizes else {}
-        return {path: moments for path, moments in found.items() if bool(moments.second_moment.any())}
+        fitting = {path: size for path, size in sizes.items() if size <= MOST_FEATURES}
+        weights = weights_of(self, ctx, fitting, {}, rows)
+        if self.weighting_for(ctx.task) != "none":
+            weights = replace(weights, note=f": its kernel reads more than {MOST_FEATURES:,} numbers at a time")
+        return weights, {path: math.sqrt(found.count * images[path]) for path, found in weights.moments.items()}
 
     def unfit(self, model: nn.Module, site: Site) -> str:
         """Return why a layer cannot be replaced, or `""`."""
@@ -121,50 +132,76 @@ class FactorizeConv(Factorization):
         return ""
 
     def saved(self, layer: nn.Module) -> int:
-        """Return how many parameters fewer the factors have by `rank="ratio"`; at least so many by Tucker-2."""
+        """Return how many weights fewer the factors have by `rank="ratio"`, or multiplications; about, by Tucker-2."""
         kernel: Any = layer
-        out, channels, *size = kernel.weight.shape
-        if max(size) == 1:
-            return self.saved_by_pair(out, channels)
-        if self.form == "spatial":
-            return self.saved_by_pair(out * size[1], channels * size[0])
-        cost = TuckerCost(channels, out, math.prod(size), self.round_to)
-        params = cost.params(*cost.pairs())
-        within = params[params <= self.rank_ratio * cost.whole]
-        left = within[-1:] if len(within) else params[:1]
-        return int(cost.whole - left[0]) if len(left) else 0
+        if max(kernel.kernel_size) == 1 or self.form == "spatial":
+            return self.saved_by_pair(_pair_cost(kernel, self.form))
+        cost = _tucker_cost(kernel, self.round_to)
+        rank_in, rank_out = cost.pairs()
+        if not len(rank_in):
+            return 0
+        params = cost.params(rank_in, rank_out)
+        most = max(self.rank_ratio * cost.whole, params[0])
+        near = params >= 0.95 * params[params <= most][-1]
+        return int(cost.whole - np.median(cost.size(rank_in, rank_out)[near & (params <= most)]))
 
-    def _factors(self, layer: Any, moments: Moments | None) -> tuple[LowRank, str] | str:
-        """Return what stands for a convolution and its description, or why there is nothing."""
-        metric = None if moments is None else moments.second_moment if layer.bias is None else moments.covariance
-        if metric is not None and not bool(torch.isfinite(metric).all()):
-            return "what it reads from the calibration data is not finite"
-        if max(layer.kernel_size) == 1:
-            made = _pointwise(layer, self.rule, metric)
-        elif self.form == "spatial":
-            made = _spatial(layer, self.rule, metric)
-        else:
-            made = _tucker(layer, self.rule, metric)
+    def _factors(self, layer: Any, metric: Metric, rows: float) -> tuple[LowRank, str] | str:
+        """Return what stands for a convolution and its description, or why there is nothing.
+
+        Args:
+            layer: the convolution.
+            metric: of what its kernel is multiplied with.
+            rows: number of independent rows that the metric is the mean of.
+        """
+        weight = layer.weight.detach().double()
+        trusted = None if metric.matrix is None else shrunk(metric.matrix, rows)
+        counted = metric.matrix if self.rank == "energy" else trusted
+
+        def lost(kernel: Tensor) -> float:
+            return lost_share(weight - kernel, weight, counted)
+
+        make = _pointwise if max(layer.kernel_size) == 1 else _spatial if self.form == "spatial" else _tucker
+        made = make(layer, self.rule, trusted, lost)
         if isinstance(made, str):
             return made
         parts, kernel, text = made
-        lost = layer.weight.detach().double() - kernel
-        if moments is not None and layer.bias is not None:
+        if layer.bias is not None:
             with torch.no_grad():
-                parts[-1].bias.copy_(layer.bias.double() + lost.flatten(1) @ moments.mean)
-        share = float((lost.norm() / layer.weight.detach().double().norm().clamp_min(_TINY)) ** 2)
-        weighted = "plain" if moments is None else "weighted by the inputs"
-        return LowRank(*parts), f"{text}, {weighted}, {share:.2%} of the squared weights lost"
+                parts[-1].bias.copy_(layer.bias.double() + metric.shift((weight - kernel).flatten(1)))
+        share = lost_share(weight - kernel, weight)
+        return LowRank(*parts), f"{text}, {metric.note}, {share:.2%} of the squared weights lost"
 
 
 _Made = tuple[list[Any], Tensor, str]
 """Convolutions in a row, the kernel that they make, and their ranks in words."""
 
 
-def _pointwise(layer: Any, rule: RankRule, metric: Tensor | None) -> _Made | str:
+def _pair_cost(layer: Any, form: str) -> PairCost:
+    """Return what two convolutions cost in the place of one."""
+    out, channels, *size = layer.weight.shape
+    whole = layer.weight.numel()
+    if max(size) == 1 or form != "spatial":
+        return PairCost(whole, out + channels, min(out, channels))
+    height, width = size
+    column, row = channels * height, out * width
+    return PairCost(whole, column + row, min(column, row), column * layer.stride[1] + row)
+
+
+def _tucker_cost(layer: Any, round_to: int) -> TuckerCost:
+    out, channels, *size = layer.weight.shape
+    return TuckerCost(channels, out, math.prod(size), round_to, math.prod(layer.stride))
+
+
+def _pointwise(layer: Any, rule: RankRule, metric: Tensor | None, lost: Callable[[Tensor], float]) -> _Made | str:
     matrix = layer.weight.detach().flatten(1)
     found = decompose(matrix, metric)
-    rank = _rank(found.values, matrix, layer.in_channels + layer.out_channels, rule)
+
+    def product(rank: int) -> Tensor:
+        first, second = found.at(rank)
+        return (second @ first).reshape(layer.weight.shape)
+
+    cost = _pair_cost(layer, "tucker2")
+    rank = rule.choose(cost, lambda rank: lost(product(rank)), lambda: vbmf_rank(matrix))
     if isinstance(rank, str):
         return rank
     first, second = found.at(rank)
@@ -173,34 +210,33 @@ def _pointwise(layer: Any, rule: RankRule, metric: Tensor | None) -> _Made | str
         _like(layer, first.reshape(*first.shape, *ones), None, whole=True),
         _like(layer, second.reshape(*second.shape, *ones), layer.bias),
     ]
-    return parts, (second @ first).reshape(layer.weight.shape), f"rank {rank} of {min(matrix.shape)}"
+    return parts, product(rank), f"rank {rank} of {cost.count}"
 
 
-def _spatial(layer: Any, rule: RankRule, metric: Tensor | None) -> _Made | str:
+def _spatial(layer: Any, rule: RankRule, metric: Tensor | None, lost: Callable[[Tensor], float]) -> _Made | str:
     kernel = layer.weight.detach()
-    height, width = layer.kernel_size
-    matrix = side_by_side(kernel)
-    values = torch.linalg.svdvals(matrix)
-    rank = _rank(values, matrix, layer.in_channels * height + layer.out_channels * width, rule)
+    found, cost = Spatial(kernel, metric), _pair_cost(layer, "spatial")
+    rank = rule.choose(cost, lambda rank: lost(found.at(rank).kernel()), lambda: vbmf_rank(side_by_side(kernel)))
     if isinstance(rank, str):
         return rank
-    factors = spatial(kernel, rank, metric)
+    factors = found.at(rank)
     parts = [_side(layer, factors.column, None, 0), _side(layer, factors.row, layer.bias, 1)]
-    return parts, factors.kernel(), f"rank {rank} of {min(matrix.shape)}"
+    return parts, factors.kernel(), f"rank {rank} of {cost.count}"
 
 
-def _tucker(layer: Any, rule: RankRule, metric: Tensor | None) -> _Made | str:
+def _tucker(layer: Any, rule: RankRule, metric: Tensor | None, lost: Callable[[Tensor], float]) -> _Made | str:
     kernel = layer.weight.detach()
-    sides = unfolded(kernel, 1), unfolded(kernel, 0)
-    cost = TuckerCost(layer.in_channels, layer.out_channels, kernel[0, 0].numel(), rule.round_to)
-    weighted = sides
-    if metric is not None:
-        weighted = root_of(channel_moment(metric, layer.in_channels)).T @ sides[0], sides[1] @ root_of(metric)
-    values = torch.linalg.svdvals(weighted[0]), torch.linalg.svdvals(weighted[1])
-    ranks = tucker_ranks(rule, cost, values, lambda: (vbmf_rank(sides[0]), vbmf_rank(sides[1])))
-    if ranks is None:
-        return rule.refusal(0)
-    factors = tucker2(kernel, *ranks, metric)
+    found, cost = Tucker(kernel, metric), _tucker_cost(layer, rule.round_to)
+    ranks = tucker_ranks(
+        rule,
+        cost,
+        found.values,
+        lambda *ranks: lost(found.at(*ranks).kernel()),
+        lambda: (vbmf_rank(unfolded(kernel, 1)), vbmf_rank(unfolded(kernel, 0))),
+    )
+    if isinstance(ranks, str):
+        return ranks
+    factors = found.at(*ranks)
     ones = [1] * len(layer.kernel_size)
     inlet, core, outlet = factors.inlet, factors.core, factors.outlet
     parts = []
@@ -215,13 +251,6 @@ def _tucker(layer: Any, rule: RankRule, metric: Tensor | None) -> _Made | str:
         parts.append(_like(layer, outlet.reshape(*outlet.shape, *ones), layer.bias))
     text = f"ranks {ranks[0]} of {layer.in_channels} in, {ranks[1]} of {layer.out_channels} out"
     return parts, factors.kernel(), text
-
-
-def _rank(values: Tensor, matrix: Tensor, cost: int, rule: RankRule) -> int | str:
-    """Return the rank of a pair of factors, or why there is none."""
-    whole = matrix.numel()
-    rank = rule.choose(values, cost, whole, lambda: vbmf_rank(matrix))
-    return rank or rule.refusal(min(len(values), (whole - 1) // cost))
 
 
 def _like(layer: Any, kernel: Tensor, bias: Tensor | None, *, whole: bool = False) -> Any:
@@ -250,7 +279,7 @@ def _convolution(layer: Any, kernel: Tensor, bias: Tensor | None, more: Mapping[
         out,
         tuple(size),
         values=(kernel, None if bias is None else bias.detach()),
-        like=layer.weight,
+        like=layer,
         bias=bias is not None,
         **more,
     )

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.graph.layers import LowRank
-from trimpoint.low_rank import decompose, vbmf_rank
+from trimpoint.low_rank import PairCost, decompose, vbmf_rank
 from trimpoint.low_rank.factorization import Factorization, irreplaceable
 from trimpoint.low_rank.fit import filled
 from trimpoint.method import Context, Fact, Site, Stage, Traits, param
 from trimpoint.padding import calibrate_kept, rows_of
+
+UNREAD = 0.01
+"""What a row counts besides how often it is read, as a share of the mean: rows that never are must not be lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ class FactorizeEmbedding(Factorization):
     def saved(self, layer: nn.Module) -> int:
         """Return how many parameters fewer the factors of a table have by `rank="ratio"`."""
         table: Any = layer
-        return self.saved_by_pair(table.num_embeddings, table.embedding_dim)
+        return self.saved_by_pair(_cost(table.num_embeddings, table.embedding_dim))
 
     def _counts(self, ctx: Context, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Return how often each row is read over the calibration data, `[rows]`, where that weights."""
@@ -93,29 +96,35 @@ class FactorizeEmbedding(Factorization):
             found[path] += torch.bincount(ids, minlength=len(found[path])).double()
 
         calibrate_kept(ctx, see, list(found))
-        return {path: count for path, count in found.items() if bool(count.any())}
+        return found
 
     def _replace(self, ctx: Context, site: Site, counts: Tensor | None) -> None:
         layer: Any = site.module
         table = layer.weight.detach().double()
         rows, size = table.shape
-        weights = None if counts is None else counts + counts.mean()
-        found = decompose(table.T, weights)
-        rule = self.rule
-        rank = rule.choose(found.values, rows + size, rows * size, lambda: vbmf_rank(table))
-        if not rank:
-            return ctx.skip(site.path, rule.refusal(min(len(found.values), (rows * size - 1) // (rows + size))))
+        read = counts is not None and bool(counts.any())
+        found = decompose(table.T, counts + UNREAD * counts.mean() if counts is not None and read else None)
+        cost = _cost(rows, size)
+        rank = self.rule.choose(cost, found.share, lambda: vbmf_rank(table))
+        if isinstance(rank, str):
+            return ctx.skip(site.path, rank)
         narrow, projection = found.at(rank)
         narrow[:, ~table.any(1)] = 0
-        like = layer.weight
         more = {"padding_idx": layer.padding_idx}
         parts = LowRank(
-            filled(nn.Embedding, rows, rank, values=(narrow.T, None), like=like, **more),
-            filled(nn.Linear, rank, size, values=(projection, None), like=like, bias=False),
+            filled(nn.Embedding, rows, rank, values=(narrow.T, None), like=layer, **more),
+            filled(nn.Linear, rank, size, values=(projection, None), like=layer, bias=False),
         )
-        text = (
-            "plain" if counts is None else f"weighted by frequency, {int((counts > 0).sum())} of {rows} rows are read"
-        )
+        text = "plain"
+        if counts is not None:
+            share = f"{int((counts > 0).sum())} of {rows} rows are read"
+            text = f"weighted by frequency, {share}" if read else f"plain: {share}"
+        elif self.weighting != "none":
+            text = "plain: the task has no `calibrate` data"
         return ctx.replace(
-            site.path, parts, f"rank {rank} of {min(rows, size)}, {text}, {found.share(rank):.2%} of the squares lost"
+            site.path, parts, f"rank {rank} of {cost.count}, {text}, {found.share(rank):.2%} of the squares lost"
         )
+
+
+def _cost(rows: int, size: int) -> PairCost:
+    return PairCost(rows * size, rows + size, min(rows, size))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.graph.layers import LowRank
+from trimpoint.low_rank import PairCost
 from trimpoint.low_rank.factorization import Factorization, irreplaceable
 from trimpoint.low_rank.fit import Fit, Weights, filled, fitted, weights_of
 from trimpoint.method import Context, Fact, Site, Stage, Traits
@@ -36,7 +37,7 @@ class FactorizeLinear(Factorization):
     Leaves alone:
         Layers that share their weight, compute it from others or have a forward pass of their own; layers whose
         factors would have no fewer parameters than they have, whose weight is read by another module (as in
-        `nn.MultiheadAttention`), or which the calibration data does not reach.
+        `nn.MultiheadAttention`), or which the calibration data never calls.
 
     References:
         Eckart and Young, "The approximation of one matrix by another of lower rank" (1936); Wang et al., "SVD-LLM:
@@ -71,18 +72,17 @@ class FactorizeLinear(Factorization):
 
     def saved(self, layer: nn.Module) -> int:
         """Return how many parameters fewer the factors of a layer have by `rank="ratio"`."""
-        return self.saved_by_pair(*matrix_of(layer).shape)
+        shape = matrix_of(layer).shape
+        return self.saved_by_pair(PairCost(shape.numel(), sum(shape), min(shape)))
 
     def _replace(self, ctx: Context, site: Site, weights: Weights) -> None:
         """Replace a layer, or skip it."""
         matrix, bias = matrix_of(site.module).detach(), cast("nn.Parameter | None", site.module.bias)
-        out, size = matrix.shape
-        fit = fitted(matrix, site.path, weights, self.rule, cost=out + size, whole=out * size, bias=bias is not None)
+        fit = fitted(matrix, site.path, weights, self.rule, bias=bias is not None)
         if isinstance(fit, str):
             ctx.skip(site.path, fit)
         else:
-            note = f"rank {fit.rank} of {min(out, size)}, {weights.note}, {fit.error:.2%} of the squares lost"
-            ctx.replace(site.path, _layers(site.module, matrix, bias, fit), note)
+            ctx.replace(site.path, _layers(site.module, matrix, bias, fit), fit.note)
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -107,6 +107,6 @@ def _layers(module: Any, matrix: Tensor, bias: Tensor | None, fit: Fit) -> LowRa
     shifted = None if bias is None else bias.detach().double() + fit.shift
     out, size = matrix.shape
     return LowRank(
-        filled(nn.Linear, size, fit.rank, values=(fit.first, None), like=module.weight, bias=False),
-        filled(nn.Linear, fit.rank, out, values=(fit.second, shifted), like=module.weight, bias=bias is not None),
+        filled(nn.Linear, size, fit.rank, values=(fit.first, None), like=module, bias=False),
+        filled(nn.Linear, fit.rank, out, values=(fit.second, shifted), like=module, bias=bias is not None),
     )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.graph.layers import LowRankRecurrent
+from trimpoint.low_rank import PairCost
 from trimpoint.low_rank.factorization import Factorization, irreplaceable
 from trimpoint.low_rank.fit import Fit, fitted, weights_of
 from trimpoint.method import Context, Fact, Site, Stage, Traits
@@ -61,13 +62,11 @@ class FactorizeRecurrent(Factorization):
         for site in sites:
             layer: Any = site.module
             matrix = torch.cat([weight.detach() for weight in _input_weights(layer)])
-            rows, size = matrix.shape
-            fit = fitted(matrix, site.path, weights, self.rule, cost=rows + size, whole=rows * size, bias=layer.bias)
+            fit = fitted(matrix, site.path, weights, self.rule, bias=layer.bias)
             if isinstance(fit, str):
                 ctx.skip(site.path, fit)
             else:
-                note = f"rank {fit.rank} of {min(rows, size)}, {weights.note}, {fit.error:.2%} of the squares lost"
-                ctx.replace(site.path, _narrower(layer, fit), note)
+                ctx.replace(site.path, _narrower(layer, fit), fit.note)
 
     def unfit(self, model: nn.Module, site: Site) -> str:
         """Return why a layer cannot be replaced, or `""`."""
@@ -81,7 +80,8 @@ class FactorizeRecurrent(Factorization):
     def saved(self, layer: nn.Module) -> int:
         """Return how many parameters fewer a layer has behind its first factor by `rank="ratio"`."""
         weights = _input_weights(layer)
-        return self.saved_by_pair(sum(len(weight) for weight in weights), weights[0].shape[1])
+        rows, size = sum(len(weight) for weight in weights), weights[0].shape[1]
+        return self.saved_by_pair(PairCost(rows * size, rows + size, min(rows, size)))
 
 
 def _input_weights(layer: Any) -> list[nn.Parameter]:

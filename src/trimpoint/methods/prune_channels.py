@@ -30,7 +30,8 @@ class PruneChannels(UnitPruning):
         `group-fisher` `calibrate` data and a loss.
     Leaves alone:
         Channels of the model's inputs and outputs, groups that are no wider than `round_to`, attention heads, hidden
-        units of recurrent layers, and what could not be traced; each is listed with its reason.
+        units of recurrent layers, what could not be traced, and with `taylor`, `fisher` and `group-fisher` groups by
+        which the loss has no gradient; each is listed with its reason.
 
     References:
         Li et al., "Pruning filters for efficient ConvNets" (2017), and Fang et al., "DepGraph: towards any structural
@@ -42,7 +43,12 @@ class PruneChannels(UnitPruning):
 
     units = "channels"
 
-    round_to: int = param(8, doc="kept widths are multiples of this many channels", bounds=Bounds(ge=1))
+    round_to: int = param(
+        8,
+        doc="widths that lose channels become the nearest multiple of this many; from one that is no multiple, more "
+        "than `ratio` may go",
+        bounds=Bounds(ge=1),
+    )
     scope: str = param(
         "local",
         doc="the same share of each group, or the least important of all groups (scores divided by their group's "

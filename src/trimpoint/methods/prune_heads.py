@@ -11,6 +11,7 @@ from trimpoint.errors import DataError
 from trimpoint.graph import pruned_attention, why_unprunable
 from trimpoint.importance import NAMES, between_groups
 from trimpoint.importance.pruning import UnitPruning, ranked_together
+from trimpoint.importance.scoring import checked
 from trimpoint.method import Context, Fact, Stage, Traits, param
 from trimpoint.parts import Group, Member
 
@@ -38,8 +39,9 @@ class PruneHeads(UnitPruning):
         Example inputs to find the heads; for what is measured on data also `calibrate` data, and a loss for gradients.
     Leaves alone:
         The last head of each attention; attention whose weights are returned, whose code or a shared configuration
-        fixes the number of heads, which learns keys and values of its own, or which has hooks. On its fast path
-        `nn.TransformerEncoder` gives zeros at padded positions; behind a replaced attention it no longer does.
+        fixes the number of heads, which learns keys and values of its own, or which has hooks; with `taylor`, `fisher`
+        and `group-fisher` attention by which the loss has no gradient. On its fast path `nn.TransformerEncoder` gives
+        zeros at padded positions; behind a replaced attention it no longer does.
 
     References:
         Michel et al., "Are sixteen heads really better than one?" (2019); Voita et al., "Analyzing multi-head
@@ -106,6 +108,7 @@ def contribution(ctx: Context, groups: Sequence[Group]) -> dict[str, Tensor]:
 
     Raises:
         DataError: if the task has no calibration data.
+        ModelError: if the heads add something that is not finite.
     """
     if ctx.task is None or not ctx.task.has("calibrate"):
         raise DataError(
@@ -132,7 +135,8 @@ def contribution(ctx: Context, groups: Sequence[Group]) -> dict[str, Tensor]:
     found = {}
     for group in groups:
         count = max((counts[path] for path, read in readers.items() if group.name in dict(read)), default=0)
-        found[group.name] = (squares[group.name] / count).sqrt() if count else torch.ones_like(squares[group.name])
+        mean = squares[group.name] / count if count else torch.ones_like(squares[group.name])
+        found[group.name] = checked(mean.sqrt(), group, CONTRIBUTION)
     return found
 
 

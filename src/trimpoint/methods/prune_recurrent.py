@@ -33,9 +33,11 @@ class PruneRecurrent(UnitPruning):
         `group-fisher` `calibrate` data and a loss.
     Leaves alone:
         Modules one of whose layers reaches the model's output or a normalisation, gets its initial state from the
-        caller or projects it (`proj_size`), those with no more hidden units than `round_to`, and all units that are not
-        of recurrent layers; each is listed with its reason. A model that packs its sequences cannot be traced: pad them
-        instead.
+        caller or projects it (`proj_size`), those whose directions are summed over a dimension of their own
+        (`h_n.sum(0)`, `view(batch, length, 2, hidden).sum(2)`; a sum of the two parts of `chunk(2, -1)` is fine), those
+        with no more hidden units than `round_to`, with `taylor`, `fisher` and `group-fisher` those by which the loss
+        has no gradient, and all units that are not of recurrent layers; each is listed with its reason. A model that
+        packs its sequences cannot be traced: pad them instead.
 
     References:
         Wen et al., "Learning intrinsic sparse structures within long short-term memory" (2018), for what goes together
@@ -46,7 +48,12 @@ class PruneRecurrent(UnitPruning):
 
     units = "hidden"
 
-    round_to: int = param(8, doc="kept hidden sizes are multiples of this", bounds=Bounds(ge=1))
+    round_to: int = param(
+        8,
+        doc="hidden sizes that are reduced become the nearest multiple of this; from one that is no multiple, more "
+        "than `ratio` may go",
+        bounds=Bounds(ge=1),
+    )
 
     traits: ClassVar[Traits] = Traits(
         stage=Stage.STRUCTURE,

@@ -1,5 +1,6 @@
 """Remove the rows of an embedding that the task's data never needs."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -7,9 +8,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from trimpoint.errors import DataError
 from trimpoint.graph.layers import PrunedVocabulary
 from trimpoint.losses import call
 from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
+from trimpoint.padding import kept_positions
 from trimpoint.signature import flatten
 from trimpoint.task import Role, Task
 
@@ -31,12 +34,14 @@ class PruneVocabulary(Method):
         the file. It makes nothing faster: a row is read by its number, however many there are.
     What it costs:
         Words that were never seen in training lose their own meaning for that of a similar word. The change says what
-        share of the tokens in `select` that concerns: where it is more than a few in a thousand, give more data.
+        share of the tokens in `select` that concerns, padding left out (`padding_idx`, and what a mask such as
+        `attention_mask` marks): where it is more than a few in a thousand, give more data.
     Needs:
         `train` data; ids that are an input of the model as they are.
     Leaves alone:
         Embeddings that are tied to another layer, read something other than an input of the model (such as positions),
-        or would not become smaller.
+        would not become smaller, or would keep no row but those of padding and `unknown`. Padding counts like any other
+        id in `train` and `calibrate`: the model reads its row too.
 
     References:
         Abdaoui, Pradel and Sigel, "Load what you need: smaller versions of multilingual BERT" (2020).
@@ -95,15 +100,16 @@ class PruneVocabulary(Method):
 
     def _prune(self, ctx: Context, site: Site, leaves: Sequence[int]) -> None:
         embedding, task = cast(nn.Embedding, site.module), cast(Task, ctx.task)
-        counts = sum(
-            (_counts(task, role, leaves, embedding.num_embeddings) for role in ("train", "calibrate")),
-            torch.zeros(embedding.num_embeddings, dtype=torch.long),
-        )
-        if self.unknown is not None and self.unknown >= embedding.num_embeddings:
+        size, padding = embedding.num_embeddings, embedding.padding_idx
+        counts = _counts(task, "train", leaves, size) + _counts(task, "calibrate", leaves, size)
+        if self.unknown is not None and self.unknown >= size:
             ctx.skip(site.path, f"it has no id {self.unknown} (`unknown`): name its embedding with `where`")
             return
         kept = counts >= self.min_count
-        for special in (embedding.padding_idx, self.unknown):
+        if not any(at != padding for at in kept.nonzero().flatten().tolist()):
+            ctx.skip(site.path, f"no id but padding occurs {self.min_count:,} times (`min_count`): no row would stay")
+            return
+        for special in (padding, self.unknown):
             if special is not None:
                 kept[special] = True
         gone = int((~kept).sum())
@@ -114,7 +120,9 @@ class PruneVocabulary(Method):
                 f"{gone:,} of {len(kept):,} rows are not needed: the table that leads ids to rows would be larger",
             )
             return
-        unknown = _counts(task, "select", leaves, len(kept)) if task.has("select") else torch.zeros_like(counts)
+        unknown = _counts(task, "select", leaves, size, masked=False)
+        if padding is not None:
+            unknown[padding] = 0
         share = float(unknown[~kept].sum()) / max(1, int(unknown.sum()))
         reason = f"{gone:,} of {len(kept):,} rows go"
         if task.has("select"):
@@ -155,9 +163,13 @@ def _nearest(weight: Tensor, kept: Tensor, padding: int | None) -> Tensor:
     centred = weight.float() - weight.float().mean(0)
     rows = nn.functional.normalize(centred, dim=1)
     left = rows[kept].T
-    if padding is not None and left.shape[1] > 1:
-        left[:, padding] = 0
-    return torch.cat([(part @ left).argmax(1) for part in torch.split(rows[~kept], _CHUNK)])
+    found = []
+    for part in torch.split(rows[~kept], _CHUNK):
+        similar = part @ left
+        if padding is not None and left.shape[1] > 1:
+            similar[:, padding] = -math.inf
+        found.append(similar.argmax(1))
+    return torch.cat(found)
 
 
 def _leaves_read(model: nn.Module, task: Task, paths: Sequence[str]) -> dict[str, list[int]]:
@@ -206,12 +218,31 @@ def _same(leaf: Any, ids: Tensor) -> bool:
     return isinstance(leaf, Tensor) and not leaf.is_floating_point() and torch.equal(leaf, ids.to(leaf.dtype))
 
 
-def _counts(task: Task, role: Role, leaves: Sequence[int], size: int) -> Tensor:
-    """Return how often each id occurs in the inputs `leaves` of a role, `[size]`; zeros without that data."""
+def _counts(task: Task, role: Role, leaves: Sequence[int], size: int, *, masked: bool = True) -> Tensor:
+    """Return how often each id occurs in the inputs `leaves` of a role, `[size]`; zeros without that data.
+
+    Args:
+        task: with the data.
+        role: of the data.
+        leaves: numbers of the inputs.
+        size: number of ids.
+        masked: whether positions count that a mask marks as padding.
+
+    Raises:
+        DataError: if there is an id that the embedding has not.
+    """
     total = torch.zeros(size, dtype=torch.long)
     if task.has(role):
         for inputs, _ in task.batches(role):
-            found = flatten(inputs)
+            found, real = flatten(inputs), None if masked else kept_positions(inputs)
             for leaf in leaves:
-                total += torch.bincount(found[leaf].flatten().long(), minlength=size)[:size]
+                ids = found[leaf].long()
+                ids = ids[real] if real is not None and real.shape == ids.shape else ids.flatten()
+                if len(wrong := ids[(ids < 0) | (ids >= size)]):
+                    raise DataError(
+                        f"An id of the `{role}` data must be in [0, {size}), the rows of the embedding. Got "
+                        f"{int(wrong[0])}.",
+                        "give an id of the vocabulary at padded positions too; -100 is for targets alone",
+                    )
+                total += torch.bincount(ids, minlength=size)
     return total

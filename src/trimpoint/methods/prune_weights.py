@@ -12,7 +12,7 @@ from trimpoint.errors import InvalidParameterError
 from trimpoint.graph.masks import masks_of, why_not_maskable
 from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
 from trimpoint.parts import MaskSchedule
-from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, groups_of
+from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, groups_of, own_forward
 from trimpoint.sparsity.one_shot import Pattern, sparsegpt, wanda
 from trimpoint.sparsity.ranking import comparable, least, least_of_all, least_of_each, share_of
 
@@ -39,7 +39,8 @@ class PruneWeights(Method):
         later step trains the model; if that ends before the schedule, what is missing goes at its end.
     Leaves alone:
         Biases, norms, embeddings, recurrent layers, and the projections into `nn.MultiheadAttention`, which are no
-        layers of their own; weights that are tied to others or computed from others. The last weight of a layer stays.
+        layers of their own; weights that are tied to others or computed from others, and layers with a forward pass of
+        their own, which may multiply with something else than their weight. The last weight of a layer stays.
         `wanda` and `sparsegpt` skip what the calibration data does not run through.
 
     References:
@@ -137,7 +138,7 @@ class PruneWeights(Method):
             return "the ratio is 0"
         if site.tied:
             return "its weight is tied to another module's"
-        if reason := why_not_maskable(site.module, "weight"):
+        if reason := why_not_maskable(site.module, "weight") or own_forward(site.module):
             return reason
         weight = weight_of(site)
         if self.pattern != DENSE:

@@ -12,12 +12,23 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from trimpoint.method import Context
 from trimpoint.padding import calibrate_kept, rows_of
 
+PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers that multiply with their weight as it is, unless a subclass has a forward pass of its own."""
+
 _PIECE = 1 << 22
 """Numbers that are unfolded at once, at most (a single sample may be more)."""
+
+
+def own_forward(module: nn.Module) -> str:
+    """Return why what a layer multiplies with may be something else than its weight, or `""`."""
+    if any(isinstance(module, kind) and type(module).forward is kind.forward for kind in PLAIN):
+        return ""
+    return f"its class {type_before_parametrizations(module).__name__} has a forward pass of its own"
 
 
 def as_matrix(weight: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ from trimpoint.trust.ledger import Ledger
 from trimpoint.values import Certificate, from_data, to_data
 
 UNMODIFIED = "unmodified"
-FINALISTS, OTHER_SEEDS = 2, (1, 2)
+OTHER_SEEDS = (1, 2)
 FACTS, RECORDS, CLAIM = "facts.json", "records.npy", "compared.json"
 Make = Callable[[], nn.Module | Compressed]
 
@@ -239,7 +239,12 @@ class Comparison:
         return certificates
 
     def examine(
-        self, plans: Mapping[str, Plan], timed: Mapping[str, LatencyResult], margin: float, key: str
+        self,
+        plans: Mapping[str, Plan],
+        timed: Mapping[str, LatencyResult],
+        margin: float,
+        key: str,
+        finalists: int = 2,
     ) -> tuple[dict[str, Certificate], str | None]:
         """Certify the fastest systems that are likely to pass, and repeat the fastest that does with other seeds.
 
@@ -250,13 +255,14 @@ class Comparison:
             timed: what `timed` returned.
             margin: the drop that is allowed.
             key: names this set of finalists.
+            finalists: how many at most.
 
         Returns:
             the certificates, and the fastest system that passed and whose drop on `select`, in the mean of all seeds,
             is within the margin too.
         """
         fitting = sorted((n for n in plans if self.expected_bound(n) <= margin), key=lambda n: -timed[n].ratio)
-        certificates = self.certify(fitting[:FINALISTS], margin, key) if fitting else {}
+        certificates = self.certify(fitting[:finalists], margin, key) if fitting else {}
         for name in sorted(certificates, key=lambda name: -timed[name].ratio):
             if certificates[name].status != "passed":
                 continue

@@ -71,7 +71,7 @@ EMPTY = TensorDataset(torch.zeros(0, 8), torch.zeros(0, dtype=torch.long))
         ({"select": of_width(9)}, r"The `select` data does not fit the model: .* inputs of shape \[64, 9\]"),
         ({"calibrate": of_width(9)}, "The `calibrate` data does not fit the model: "),
         ({"train": of_width(9)}, "The `train` data does not fit the model and the loss: "),
-        ({"train": relabelled(5)}, "The `train` data does not fit the model and the loss: IndexError: Target"),
+        ({"train": relabelled(5)}, "The `train` data does not fit the model and the loss: The targets must be"),
     ],
 )
 def test_data_that_does_not_do_is_told_before_anything_is_written(roles, message, tmp_path) -> None:

@@ -316,7 +316,7 @@ class HasNoHeadings(RoundWeights):
 class CannotBeWritten(RoundWeights):
     """See `RoundWeights`."""
 
-    ignored: str = param(frozenset({"a"}), doc="names that are left alone")
+    ignored: frozenset[str] = param(frozenset({"a"}), doc="names that are left alone")
 
 
 class HasAnOpaqueRepr(RoundWeights):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from trimpoint.compress import check_finite
-from trimpoint.errors import DataError
+from trimpoint.errors import DataError, TrimpointError
 from trimpoint.measure.quality import evaluate
 from trimpoint.signature import flatten
 from trimpoint.task import Batch, Role, Task, call
@@ -66,10 +66,13 @@ def _try(role: Role, task: Task, what: str, action: Callable[[Batch], Any]) -> N
         action(batch)
     except _WRONG as error:
         shapes = [_shapes(part) for part in batch]
+        reason, hint = f"{type(error).__name__}: {error}", None
+        if isinstance(error, TrimpointError):
+            reason, hint = error.message.rstrip("."), error.hint
         raise DataError(
-            f"The `{role}` data does not fit {what}: {type(error).__name__}: {error}. It gives inputs of shape "
-            f"{shapes[0]} and targets of shape {shapes[1]}.",
-            "check shapes, types and labels of its samples; every role must be prepared alike",
+            f"The `{role}` data does not fit {what}: {reason}. It gives inputs of shape {shapes[0]} and targets of "
+            f"shape {shapes[1]}.",
+            hint or "check shapes, types and labels of its samples; every role must be prepared alike",
         ) from error
 
 

@@ -3,6 +3,7 @@
 What a system came to is kept in a directory of its own, so that a scenario that was cut off goes on with the next one.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -216,6 +217,8 @@ class Comparison:
         finalists = named.pop("finalists")
         if named != terms:
             raise StudyError(f"The finalists in {chosen} were named for {named}. Now it is {terms}.")
+        digests = "".join(self.systems[name].files.digest for name in finalists)
+        batch = f"{key} {hashlib.sha256(digests.encode()).hexdigest()[:12]}"
         certificates = {}
         for name in finalists:
             made, base = self.systems[name].files, self.systems[self.reference].files
@@ -231,7 +234,7 @@ class Comparison:
                 ledger=Ledger(),
                 artifact_digest=made.digest,
                 finalists=len(finalists),
-                batch=key,
+                batch=batch,
                 runtime=f"{self.runtime.name} {self.runtime.version()}",
                 instruction_set=instruction_set(),
             )

@@ -71,7 +71,6 @@ class PruneHeads(UnitPruning):
         requires=Fact.FLOAT_WEIGHT,
         removes=Fact.ORIGINAL_SHAPE,
         reduces=frozenset({"params", "macs", "file_bytes"}),
-        status="experimental",
     )
 
     def unfit(self, model: nn.Module, alike: Sequence[Group]) -> str:

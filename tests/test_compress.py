@@ -12,14 +12,16 @@ from torch.utils.data import TensorDataset
 
 from trimpoint.compress import compress
 from trimpoint.demo.resnet import ResNet
-from trimpoint.errors import DataError, InvalidParameterError, ModelError, PlanError, UnknownNameError
+from trimpoint.errors import DataError, InvalidParameterError, ModelError, PlanError, TraceError, UnknownNameError
 from trimpoint.filters import Glob, Type
 from trimpoint.graph import LowRank, apply_edits_
 from trimpoint.method import Fact, Method, Stage, Traits
 from trimpoint.methods.distill import Distill
 from trimpoint.methods.drop_blocks import DropBlocks
+from trimpoint.methods.factorize_linear import FactorizeLinear
 from trimpoint.methods.finetune import Finetune
 from trimpoint.methods.prune_channels import PruneChannels
+from trimpoint.methods.prune_weights import PruneWeights
 from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.plan import Plan, Step
 from trimpoint.task import Task, cross_entropy
@@ -193,6 +195,23 @@ def test_effort_out_of_range(model, effort):
 
 
 # What the context promises to methods
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PruneWeights(criterion="wanda"),
+        PruneWeights(criterion="sparsegpt"),
+        FactorizeLinear(),
+        PruneChannels(),
+        DropBlocks(),
+        Finetune(**QUICK),
+        Distill(**QUICK),
+    ],
+)
+def test_a_model_that_does_not_run_on_the_data_is_told(model, task, method):
+    with pytest.raises((ModelError, TraceError), match="does not run on "):
+        compress(model.double(), Plan().then(method), task)
 
 
 @dataclass(frozen=True, kw_only=True)

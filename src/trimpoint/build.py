@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from trimpoint.errors import DataError, TraceError
 from trimpoint.graph import Edit, find_blocks, find_groups
-from trimpoint.losses import call
+from trimpoint.losses import call, explained
 from trimpoint.method import Fact
 from trimpoint.parts import Block, Group
 from trimpoint.task import Task
@@ -150,7 +150,7 @@ def inputs_of(core: nn.Module, model: nn.Module, inputs: Any) -> Any:
 
     handle = core.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), explained(inputs):
             call(model, inputs)
     finally:
         handle.remove()

@@ -15,7 +15,7 @@ from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
 from trimpoint.graph import MaskEdit, bypass_, mask_, masks_of, remove_units_, replace_
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
-from trimpoint.losses import call
+from trimpoint.losses import call, explained
 from trimpoint.method import ALL_FACTS, Context, Site
 from trimpoint.parts import Block, Group, MaskSchedule
 from trimpoint.plan import Step
@@ -229,7 +229,8 @@ class _Context(Context):
         handles = [self.get(path).register_forward_hook(watch(path), with_kwargs=True) for path in paths]
         try:
             for inputs, _ in task.batches("calibrate"):
-                call(model, inputs)
+                with explained(inputs, "a batch of `calibrate`"):
+                    call(model, inputs)
                 samples += len(flatten(inputs)[0])
         finally:
             for handle in handles:

@@ -1,12 +1,14 @@
 """How a model is called with a batch, and the losses of the presets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trimpoint.errors import DataError, ModelError
+from trimpoint.errors import DataError, ModelError, TrimpointError
+from trimpoint.signature import flatten
 
 _NO_TARGET = -100
 _STILL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)
@@ -17,6 +19,30 @@ def call(model: Callable[..., Any], inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+@contextmanager
+def explained(inputs: Any, batch: str = "a batch") -> Iterator[None]:
+    """Turn what a model raises on inputs into an error that tells their shapes and types.
+
+    Args:
+        inputs: what the model is called with inside.
+        batch: what they are, for the message.
+
+    Raises:
+        ModelError: in the place of whatever is not an error of this package.
+    """
+    try:
+        yield
+    except TrimpointError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        leaves = [leaf for leaf in flatten(inputs) if hasattr(leaf, "shape")]
+        shapes = ", ".join(f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves)
+        raise ModelError(
+            f"The model does not run on {batch} of {shapes}: {type(error).__name__}: {error}",
+            "check shapes, types and range of the task's samples against `forward`",
+        ) from error
 
 
 def for_loss_(model: nn.Module, *, inner: bool) -> nn.Module:

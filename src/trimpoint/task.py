@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from trimpoint.data import check_indexable, check_roles, hash_samples, random_split, shuffled_batches
 from trimpoint.errors import DataError, InvalidParameterError, UnknownNameError, suggest
-from trimpoint.losses import call, cross_entropy, main_tensor, squared_error
+from trimpoint.losses import call, cross_entropy, explained, main_tensor, squared_error
 from trimpoint.score import Accuracy, Score
 from trimpoint.signature import BATCH, flatten, leaf_names, structure_of, unflatten
 
@@ -267,6 +267,7 @@ class Task:
 
         Raises:
             DataError: if the task has no loss.
+            ModelError: if the model does not run on the batch.
         """
         if self.step is not None:
             return self.step(model, batch)
@@ -274,7 +275,9 @@ class Task:
             raise DataError(
                 "The task has no loss.", "give `Task(loss=...)`, or `Task(step=...)` for one inside the model"
             )
-        return self.loss(call(model, batch[0]), batch[1])
+        with explained(batch[0]):
+            outputs = call(model, batch[0])
+        return self.loss(outputs, batch[1])
 
     def core_of(self, model: nn.Module) -> nn.Module:
         """Return the module that is exported and timed.

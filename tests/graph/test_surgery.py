@@ -370,6 +370,32 @@ def test_transformer_encoder_asks_its_first_layer():
     assert torch.equal(module(inputs), inputs)
 
 
+class Averaging(nn.Module):
+    """Keeps a running scale in evaluation mode too, in a new tensor each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.register_buffer("scale", torch.ones(8))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.scale = 0.9 * self.scale + 0.1
+        self.calls += 1
+        return self.second(torch.relu(self.first(x)) * self.scale)
+
+
+def test_a_model_that_changes_its_buffers_as_it_runs():
+    module, inputs = Averaging(), torch.randn(2, 4)
+    groups = coupled_groups(trace(module, inputs))
+    name = next(group.name for group in groups if group.size == 8 and not group.reason)
+    _, rejected = remove_units_(module, groups, {name: [1, 6]}, inputs)
+    assert not rejected
+    assert (module.scale.shape, module.first.out_features, module.second.in_features) == ((6,), 6, 6)
+    assert torch.equal(module.scale, torch.ones(6))
+    assert module.calls == 0
+
+
 # Edits as data
 
 

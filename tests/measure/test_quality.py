@@ -198,7 +198,7 @@ def test_outputs_that_do_not_fit_the_targets_are_a_data_error():
         evaluate(linear(), task, "select")
     with pytest.raises(DataError, match=r"accuracy"):
         evaluate(linear(), task.with_(score=Accuracy()), "select")
-    with pytest.raises(ModelError, match=r"does not run on a batch of shapes \[128, 4\]"):
+    with pytest.raises(ModelError, match=r"does not run on a batch of \[128, 4\] float32"):
         evaluate(nn.Linear(3, 2), Task(select=samples()), "select")
     with pytest.raises(DataError, match="no `certify` data"):
         evaluate(linear(), Task(select=samples()), "certify")

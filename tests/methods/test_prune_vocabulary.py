@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from trimpoint.compress import compress
-from trimpoint.errors import DataError, InvalidParameterError
+from trimpoint.errors import DataError, InvalidParameterError, ModelError
 from trimpoint.graph import rebuild, save_structure
 from trimpoint.graph.layers import PrunedVocabulary
 from trimpoint.measure.inputs import core_inputs
@@ -265,3 +265,11 @@ def test_ids_that_no_embedding_has_are_told(model, task, bad):
     x[4, 2] = bad
     with pytest.raises(DataError, match=rf"An id of the `train` data must be in \[0, {WORDS}\).* Got {bad}"):
         made(model, task.with_(train=TensorDataset(x, torch.zeros(24, dtype=torch.long))))
+
+
+@pytest.mark.parametrize("role", ["calibrate", "select"])
+def test_ids_that_no_embedding_has_in_other_data_are_told(model, task, role):
+    x = ids(10, 40)
+    x[4, 2] = WORDS
+    with pytest.raises(ModelError, match=r"does not run on a batch of \[.*\] int64: IndexError: index out of range"):
+        made(model, task.with_(**{role: TensorDataset(x, torch.zeros(24, dtype=torch.long))}))

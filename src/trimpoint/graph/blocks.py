@@ -15,7 +15,7 @@ from trimpoint.errors import SurgeryError
 from trimpoint.graph.edits import returned_structure, tensors_in
 from trimpoint.graph.operators import name_of
 from trimpoint.graph.trace import trace
-from trimpoint.losses import call
+from trimpoint.losses import call, explained
 from trimpoint.parts import Block
 
 # A stack holds at least this share of its parameters in blocks that are alike; half is enough for the trunk, which
@@ -117,7 +117,7 @@ def _candidates(module: nn.Module, inputs: Any) -> list[_Candidate]:
     }
     for path, part in parts.items():
         part.register_forward_hook(record(path), with_kwargs=True)
-    with torch.no_grad():
+    with torch.no_grad(), explained(inputs):
         call(copied, inputs)
     found = []
     for path in parts:

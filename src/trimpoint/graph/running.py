@@ -176,9 +176,17 @@ def _noisy(values: Tensor, finite: Tensor, generator: torch.Generator) -> Tensor
 
 
 def run(module: nn.Module, inputs: Any) -> list[Tensor]:
-    """Return the tensors that a model returns, from a fixed random state."""
+    """Return the tensors that a model returns, from a fixed random state; what it does to its buffers is undone."""
     torch.manual_seed(0)
-    return list(tensors_in(call(module, inputs)))
+    kept = [
+        (part, name, t, t.clone()) for part in module.modules() for name, t in part._buffers.items() if t is not None
+    ]
+    try:
+        return list(tensors_in(call(module, inputs)))
+    finally:
+        for part, name, buffer, values in kept:
+            part._buffers[name] = buffer
+            buffer.data = values
 
 
 def check_shapes(module: nn.Module, inputs: Any, before: Sequence[Tensor]) -> str:

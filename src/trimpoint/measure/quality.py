@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import Subset
 
 from trimpoint.data import as_numpy, as_tensors
-from trimpoint.errors import DataError, ModelError, TrimpointError
+from trimpoint.errors import DataError, ModelError
+from trimpoint.losses import call, explained
 from trimpoint.measure.intervals import (
     bootstrap_interval,
     paired_bootstrap_upper,
@@ -26,7 +27,7 @@ from trimpoint.measure.static import evaluating
 from trimpoint.runtimes.base import Session
 from trimpoint.score import Records, Score
 from trimpoint.signature import flatten
-from trimpoint.task import Role, Task, call
+from trimpoint.task import Role, Task
 from trimpoint.values import Measurement, Quality
 
 Run = nn.Module | Session
@@ -234,16 +235,8 @@ def _fixed_batch(run: Run) -> int | None:
 
 
 def _outputs(predict: Callable[[Any], Any], inputs: Any) -> Any:
-    try:
+    with explained(inputs):
         return as_numpy(predict(inputs))
-    except TrimpointError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        shapes = ", ".join(str(list(leaf.shape)) for leaf in flatten(inputs) if hasattr(leaf, "shape"))
-        raise ModelError(
-            f"The model does not run on a batch of shapes {shapes}: {error}",
-            "check the task's samples against `forward`",
-        ) from error
 
 
 def _check_finite(outputs: Any, count: int, role: Role, start: int) -> int:

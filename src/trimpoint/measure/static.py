@@ -13,9 +13,9 @@ from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimpoint.data import as_tensors
-from trimpoint.errors import DataError, ModelError
+from trimpoint.errors import DataError
+from trimpoint.losses import call, explained
 from trimpoint.signature import flatten, structure_of, unflatten
-from trimpoint.task import call
 
 aten = torch.ops.aten
 
@@ -87,12 +87,8 @@ def count_macs(module: nn.Module, inputs: Any) -> MacCount:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), evaluating(module), counter.watching(), counter:
+        with torch.no_grad(), evaluating(module), counter.watching(), counter, explained(sample, "an example"):
             call(module, sample)
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        raise ModelError(
-            f"The model does not run on its example inputs: {error}", "check the task's samples against `forward`"
-        ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
     return MacCount(

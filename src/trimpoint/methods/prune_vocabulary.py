@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trimpoint.errors import DataError
 from trimpoint.graph.layers import PrunedVocabulary
-from trimpoint.losses import call
+from trimpoint.losses import call, explained
 from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
 from trimpoint.padding import kept_positions
 from trimpoint.signature import flatten
@@ -199,7 +199,8 @@ def _leaves_read(model: nn.Module, task: Task, paths: Sequence[str]) -> dict[str
             for inputs in _all_inputs(task):
                 leaves[:] = flatten(inputs)
                 turn.clear()
-                call(model, inputs)
+                with explained(inputs):
+                    call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

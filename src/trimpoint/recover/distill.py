@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trimpoint.errors import ModelError
-from trimpoint.losses import call, main_tensor
+from trimpoint.losses import call, explained, main_tensor
 from trimpoint.recover.checkpoint import weights_digest
 from trimpoint.recover.hints import hint_loss, recording
 from trimpoint.recover.layout import channels_last_, has_convolutions, prepare
@@ -135,7 +135,7 @@ class Teacher:
             return self.memory[key]
         parameter = next(self.model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        with torch.no_grad():
+        with torch.no_grad(), explained(inputs):
             moved = prepare(inputs, device, self._channels_last)
             output, _ = observe(self.model, self.core, lambda model: call(model, moved))
         if self.memory is not None and self._bytes + output.nbytes <= MEMORY_LIMIT:

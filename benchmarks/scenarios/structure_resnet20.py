@@ -61,7 +61,7 @@ def run(resume_dir: Path) -> dict[str, Any]:
     by_hand = f"8/16/32 from scratch, distilled for {SCRATCH_EPOCHS:g} epochs"
     comparison.add(by_hand, lambda: _small(model, task, scratch), str(scratch))
     timed = comparison.timed()
-    certificates, best = comparison.examine(hinted, timed, MARGIN, "structure-resnet20")
+    certificates, best = comparison.examine(hinted | plain, timed, MARGIN, "structure-resnet20")
     rows = {row["system"]: row for row in comparison.rows(timed, certificates)}
     alike = best_ratio([rows[name] for name in plain], MARGIN) / best_ratio([rows[name] for name in peers], MARGIN)
     ratio = None if best is None else timed[best].ratio

@@ -80,6 +80,15 @@ def test_the_file_is_an_ordinary_optuna_study(tmp_path):
     assert study.trials[0].values == [3.0, 70.0, -0.8]
 
 
+@pytest.fixture
+def interruptible():
+    """Let interrupts through, which a shell's background jobs ignore."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("pressed", "kept"), [(1, True), (2, False)])
 def test_an_interrupt_waits_for_the_statement_and_a_second_one_does_not(tmp_path, pressed, kept):
     log = TrialLog.in_directory(tmp_path, create=True)

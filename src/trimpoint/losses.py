@@ -30,13 +30,13 @@ def explained(inputs: Any, batch: str = "a batch") -> Iterator[None]:
         batch: what they are, for the message.
 
     Raises:
-        ModelError: in the place of whatever is not an error of this package.
+        ModelError: in the place of whatever is not an error of this package or of the memory.
     """
     try:
         yield
-    except TrimpointError:
+    except (TrimpointError, MemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except Exception as error:
         leaves = [leaf for leaf in flatten(inputs) if hasattr(leaf, "shape")]
         shapes = ", ".join(f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves)
         raise ModelError(

@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from trimpoint.data import as_tensors
 from trimpoint.errors import ExportError, ModelError
 from trimpoint.graph import bake_masks_
+from trimpoint.losses import explained
 from trimpoint.runtimes import export_errors, onnx_graph
 from trimpoint.runtimes.base import Exported
 from trimpoint.runtimes.quiet import quiet
@@ -138,14 +139,9 @@ def _tensors_of(value: Any, dropped: list[str], where: str) -> Any:
 
 def _run(wrapper: _Flat, leaves: Sequence[Tensor]) -> tuple[Any, list[str]]:
     dropped: list[str] = []
-    try:
-        with torch.no_grad():
-            result = call(wrapper.module, unflatten(wrapper.structure, [leaf.clone() for leaf in leaves]))
-    except Exception as error:
-        raise ModelError(
-            f"The model does not run on its example inputs: {type(error).__name__}: {export_errors.first_line(error)}",
-            "check `Task.example`, or the inputs that the data gives",
-        ) from error
+    inputs = unflatten(wrapper.structure, [leaf.clone() for leaf in leaves])
+    with torch.no_grad(), explained(inputs, "example inputs"):
+        result = call(wrapper.module, inputs)
     outputs = _tensors_of(result, dropped, "")
     if not flatten(outputs):
         raise ModelError(

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "trimpoint"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("errors", "values", "annotations", "parts", "filters", "signature"),
-        *("progress", "budget", "reference", "extras", "storage"),
+        *("progress", "budget", "reference", "extras", "storage", "quiet"),
     ),
     ("score", "data", "losses", "method", "padding", "task", "target", "plan"),
     ("graph", "measure", "runtimes", "recover", "importance", "low_rank", "methods", "sparsity", "demo"),

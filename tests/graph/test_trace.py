@@ -70,9 +70,10 @@ class Holder(nn.Module):
         return self.part(self.linear(x))
 
 
-def test_what_cannot_be_traced_is_named():
+def test_what_cannot_be_traced_is_named_and_nothing_else_is_said(capfd):
     with pytest.raises(TraceError) as caught:
         trace(Holder(Branching()), torch.randn(2, 4))
+    assert capfd.readouterr() == ("", "")
     assert "`part` (Branching)" in caught.value.message
     assert "test_trace.py" in caught.value.message
     assert "if x.sum() > 0:" in caught.value.message

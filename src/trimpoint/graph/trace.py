@@ -2,7 +2,6 @@
 
 import copy
 import traceback
-import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch.fx import Node
 from trimpoint.errors import TraceError
 from trimpoint.graph.masks import end_schedules_
 from trimpoint.losses import call
+from trimpoint.quiet import quiet
 from trimpoint.signature import flatten, structure_of, unflatten
 
 _HINT = (
@@ -108,8 +108,7 @@ def _export(module: nn.Module, inputs: Any) -> ExportedProgram:
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
     if not isinstance(args, (tuple, list)):
         args = (args,)
-    with warnings.catch_warnings(), _plain_attention(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quiet(), _plain_attention(), torch.no_grad():
         return torch.export.export(module, tuple(args), kwargs, strict=False)
 
 

@@ -13,9 +13,9 @@ from trimpoint.data import as_tensors
 from trimpoint.errors import ExportError, ModelError
 from trimpoint.graph import bake_masks_
 from trimpoint.losses import explained
+from trimpoint.quiet import quiet
 from trimpoint.runtimes import export_errors, onnx_graph
 from trimpoint.runtimes.base import Exported
-from trimpoint.runtimes.quiet import quiet
 from trimpoint.signature import BATCH, Signature, TensorSpec, flatten, leaf_names, structure_of, unflatten
 from trimpoint.task import call
 

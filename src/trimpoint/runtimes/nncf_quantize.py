@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimpoint.errors import DataError, LoweringError
+from trimpoint.quiet import quiet
 from trimpoint.runtimes.base import Exported, Formats, Ranges, calibration_feeds
-from trimpoint.runtimes.quiet import quiet
 from trimpoint.signature import Signature
 from trimpoint.values import Format
 

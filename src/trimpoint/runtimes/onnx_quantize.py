@@ -18,9 +18,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from trimpoint.errors import DataError, LoweringError
+from trimpoint.quiet import quiet
 from trimpoint.runtimes import onnx_graph
 from trimpoint.runtimes.base import Formats, Ranges
-from trimpoint.runtimes.quiet import quiet
 from trimpoint.values import Format
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gather", "Gemm", "MatMul")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
+from trimpoint.quiet import quiet
 from trimpoint.runtimes.base import Exported, Formats, Lowered, OperatorTime, Ranges, Runtime, Session
-from trimpoint.runtimes.quiet import quiet
 from trimpoint.signature import Signature
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"

@@ -1,4 +1,4 @@
-"""Silence for exporters and quantisers that write to the terminal on their own account."""
+"""Silence for tracers, exporters and quantisers that write to the terminal on their own account."""
 
 import io
 import logging

@@ -127,8 +127,8 @@ def second_moments(network: nn.Module, samples: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def see(layer: str, mask: Tensor, inputs: Tensor, _output: Tensor) -> None:
-        rows = torch.cat([inputs[mask], torch.ones(int(mask.sum()), 1)], 1)
-        product = (rows.T @ rows).double()
+        rows = torch.cat([inputs[mask], torch.ones(int(mask.sum()), 1)], 1).double()
+        product = rows.T @ rows
         found[layer] = found[layer] + product if layer in found else product
 
     for _ in watched([(network, see)], samples):

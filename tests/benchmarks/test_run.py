@@ -141,6 +141,12 @@ def test_the_scenarios_here_have_a_question_and_a_run(runner: ModuleType) -> Non
         assert callable(scenario.run)
 
 
+def test_committed_results_answer_the_questions_that_are_asked_now(runner: ModuleType) -> None:
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        if file.stem in runner.scenario_names():
+            assert json.loads(file.read_text())["question"] == runner.load(file.stem).QUESTION
+
+
 def test_the_page_of_criteria_ranks_them_against_chance(runner: ModuleType) -> None:
     scenario = runner.load("importance")
     rows = [{"system": "unmodified", "select": 0.9491}]

@@ -93,7 +93,8 @@ class MaskSchedule:
     Args:
         removed: weights that are zero at the end.
         steps: training steps until then.
-        rank: which go: the smallest, or those that training moves towards zero (Sanh, Wolf and Rush 2020).
+        rank: which go: the smallest, or the smallest but for what training moves towards zero
+            or away from it (Sanh, Wolf and Rush 2020).
         curve: all at the end, or by the cubic schedule (Zhu and Gupta 2018).
         start: weights that are zero before the first step.
         of: where not 0, equally many of every run of so many weights along dimension 1 go.

@@ -20,7 +20,8 @@ from trimpoint.sparsity.ranking import cubic, least, least_of_each
 
 UPDATES = 100
 """Times that a scheduled mask is ranked anew, at most: ranking a large layer takes as long as a training step."""
-
+RATE, DECAY = 4.0, 0.999
+"""By how many times the layer's root mean square all steps of one direction move a score, and the memory of squares."""
 
 MASKED = "a mask holds weights of `{}` at zero (`trimpoint.bake_masks` makes plain weights of them)"
 """Why what needs plain weights leaves a module alone, by the module's path."""
@@ -65,24 +66,33 @@ class ScheduledMask(Mask):
     schedule, whether it has ended or not. Weights that are held at zero keep their value behind the mask, and may come
     back until the schedule ends. A weight that takes no gradient has all its zeros from the first step on.
 
+    By movement a weight ranks by |w| over the root mean square of its layer, plus 4 / steps times its score. Sanh et
+    al. (2020) learn scores alone, with Adam, from zero on, as fits a network that was pretrained for something else. In
+    one that is trained for its task already they are sums of noise, and the first to go would be large weights; so they
+    start from the magnitudes, as in Sehwag et al., "HYDRA: pruning adversarially robust neural networks" (2020).
+
     Args:
         keep: the mask before the first step.
         schedule: see `MaskSchedule`.
 
     Attributes:
         step: steps so far, a buffer.
-        scores: −Σ w·∂L/∂w over the steps so far, a buffer, float32; only where the schedule ranks by movement.
+        scores: −Σ m/√v over the steps so far, m = w·∂L/∂w and v the moving average of m², a buffer, float32; only where
+            the schedule ranks by movement.
+        squares: the moving average of m², as `scores`.
     """
 
     step: Tensor
     scores: Tensor
+    squares: Tensor
 
     def __init__(self, keep: Tensor, schedule: MaskSchedule) -> None:
         super().__init__(keep)
         self.schedule = schedule
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=keep.device))
         if schedule.rank == "movement":
-            self.register_buffer("scores", torch.zeros(keep.shape, dtype=torch.float32, device=keep.device))
+            for name in ("scores", "squares"):
+                self.register_buffer(name, torch.zeros(keep.shape, dtype=torch.float32, device=keep.device))
         self._pending = False
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -126,15 +136,21 @@ class ScheduledMask(Mask):
     def _learn(self, weight: Tensor, gradient: Tensor) -> None:
         """Sum up the scores: the gradient is that of the masked weight, so what is zero goes on being scored."""
         self._pending = False
-        if self.schedule.rank == "movement" and int(self.step) < self.schedule.steps:
-            self.scores.sub_((weight.detach().float() * gradient.detach().float()).to(self.scores.dtype))
+        step = int(self.step)
+        if self.schedule.rank == "movement" and step < self.schedule.steps:
+            # A gradient that overflowed, which mixed precision skips, says nothing.
+            moved = (weight.detach().float() * gradient.detach().float()).nan_to_num_(0.0, 0.0, 0.0)
+            self.squares.mul_(DECAY).addcmul_(moved, moved, value=1.0 - DECAY)
+            mean = (self.squares / (1.0 - DECAY ** max(1, step))).sqrt_()
+            self.scores.sub_(moved.div_(mean.clamp_min_(torch.finfo(torch.float32).tiny)))
 
     @torch.no_grad()
     def _ranked(self, weight: Tensor, removed: int) -> Tensor:
         keys = [weight.detach().float().abs()]
         if self.schedule.rank == "movement":
+            size = keys[0] / keys[0].square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
             # What is zero without this mask, by one before it, goes first.
-            keys.insert(0, self.scores.float().masked_fill(weight == 0, -math.inf))
+            keys.insert(0, (size + RATE / self.schedule.steps * self.scores).masked_fill(weight == 0, -math.inf))
         if not self.schedule.of:
             return ~least(keys, removed)
         runs = [key.movedim(1, -1) for key in keys]

@@ -33,7 +33,7 @@ class PruneWeights(Method):
         Half of the weights of most networks go for little quality, more after recovery; nine in ten with a schedule.
         `wanda` is a pass over the calibration data; `sparsegpt` a pass for each gigabyte of its layers' Hessians, and
         work that grows with the cube of a layer's inputs; `movement` needs a recovery step behind it that trains for
-        `steps` steps.
+        `steps` steps, and twice the memory of the weights meanwhile.
     Needs:
         `calibrate` data for `wanda` and `sparsegpt`. With `schedule="cubic"` and with `movement` the weights go while a
         later step trains the model; if that ends before the schedule, what is missing goes at its end.
@@ -47,10 +47,11 @@ class PruneWeights(Method):
         Han, Pool, Tran and Dally, "Learning both weights and connections for efficient neural networks" (2015), for
         magnitude, which is the L1 and the L2 norm of a single weight alike; Zhu and Gupta, "To prune, or not to prune"
         (2018), for the cubic schedule; Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning" (2021),
-        for `lamp`; Sanh, Wolf and Rush, "Movement pruning: adaptive sparsity by fine-tuning" (2020); Sun, Liu, Bair and
-        Kolter, "A simple and effective pruning approach for large language models" (2023), for `wanda`; Frantar and
-        Alistarh, "SparseGPT: massive language models can be accurately pruned in one-shot" (2023); Mishra et al.,
-        "Accelerating sparse deep neural networks" (2021), for N:M patterns.
+        for `lamp`; Sanh, Wolf and Rush, "Movement pruning: adaptive sparsity by fine-tuning" (2020), and Sehwag et al.,
+        "HYDRA: pruning adversarially robust neural networks" (2020), for scores that are learned from the magnitudes
+        on; Sun, Liu, Bair and Kolter, "A simple and effective pruning approach for large language models" (2023), for
+        `wanda`; Frantar and Alistarh, "SparseGPT: massive language models can be accurately pruned in one-shot" (2023);
+        Mishra et al., "Accelerating sparse deep neural networks" (2021), for N:M patterns.
     """
 
     ratio: float = param(
@@ -64,8 +65,9 @@ class PruneWeights(Method):
     )
     criterion: str = param(
         "magnitude",
-        doc="which go: the smallest; those that training moves towards zero; the smallest times the norm of their "
-        "input, in each row; or those without which the rest can best make up for the loss in the layer's outputs",
+        doc="which go: the smallest; the smallest but for what training moves towards zero or away from it; the "
+        "smallest times the norm of their input, in each row; or those without which the rest can best make up for "
+        "the loss in the layer's outputs",
         choices=("magnitude", "movement", "wanda", "sparsegpt"),
     )
     scope: str = param(

@@ -30,11 +30,8 @@ MARGIN = 0.01
 CONTROL = "unmodified, trained as long"
 QUARTER = PruneChannels(ratio=0.25, round_to=8)
 STRUCTURES: dict[str, tuple[Method, ...]] = {
+    "2 of 13 layers removed": (DropBlocks(blocks=("layers.2", "layers.4")),),
     "4 of 13 layers removed": (DropBlocks(blocks=("layers.2", "layers.4", "layers.7", "layers.9")),),
-    "5 of 13 layers removed": (DropBlocks(blocks=("layers.2", "layers.4", "layers.7", "layers.8", "layers.9")),),
-    "6 of 13 layers removed": (
-        DropBlocks(blocks=("layers.2", "layers.4", "layers.7", "layers.8", "layers.9", "layers.10")),
-    ),
     "a quarter of the channels removed": (QUARTER,),
     "2 of 13 layers and a quarter of the channels removed": (DropBlocks(blocks=("layers.2", "layers.4")), QUARTER),
 }

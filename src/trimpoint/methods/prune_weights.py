@@ -33,7 +33,8 @@ class PruneWeights(Method):
         Half of the weights of most networks go for little quality, more after recovery; nine in ten with a schedule.
         `wanda` is a pass over the calibration data; `sparsegpt` a pass for each gigabyte of its layers' Hessians, and
         work that grows with the cube of a layer's inputs; `movement` needs a recovery step behind it that trains for
-        `steps` steps, and twice the memory of the weights meanwhile.
+        `steps` steps, and twice the memory of the weights meanwhile; on MiniLM, fine-tuned before, it was as good as
+        magnitude on the same schedule and no better.
     Needs:
         `calibrate` data for `wanda` and `sparsegpt`. With `schedule="cubic"` and with `movement` the weights go while a
         later step trains the model; if that ends before the schedule, what is missing goes at its end.

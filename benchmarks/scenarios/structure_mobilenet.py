@@ -34,8 +34,12 @@ STRUCTURES: dict[str, tuple[Method, ...]] = {
     "4 of 13 layers removed": (DropBlocks(blocks=("layers.2", "layers.4", "layers.7", "layers.9")),),
     "a quarter of the channels removed": (QUARTER,),
     "2 of 13 layers and a quarter of the channels removed": (DropBlocks(blocks=("layers.2", "layers.4")), QUARTER),
+    "6 of 13 depthwise filters and a quarter of the channels removed": (
+        DropBlocks(blocks=tuple(f"layers.{layer}.depthwise" for layer in (6, 7, 8, 9, 10, 12))),
+        QUARTER,
+    ),
 }
-"""The early layers cost as much time as the late ones, and hold few parameters."""
+"""The early layers cost as much time as the late ones, and hold few parameters; late depthwise filters see little."""
 
 
 def run(resume_dir: Path) -> dict[str, Any]:

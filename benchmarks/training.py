@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
+from trimpoint.recover.layout import suits_channels_last
+
 Augment = Callable[[Tensor, Any, torch.Generator], tuple[Tensor, Any]]
 STATE = Path("runs/checkpoints")
 
@@ -103,7 +105,7 @@ def train(recipe: Recipe, state: Path, roles: Roles | None = None) -> list[dict[
     roles = roles or recipe.data()
     torch.manual_seed(recipe.seed)
     model = recipe.build()
-    if any(isinstance(module, nn.Conv2d) for module in model.modules()):
+    if suits_channels_last(model):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     done = _Progress()
     optimizer = _optimizer(model, recipe)
@@ -146,6 +148,7 @@ def _epoch(model: nn.Module, optimizer: Any, recipe: Recipe, data: TensorDataset
     x, y = data.tensors
     batches = torch.split(torch.randperm(len(y), generator=generator), recipe.batch)
     total, start = recipe.cycles[done.cycle] * len(batches), done.epoch * len(batches)
+    suited = suits_channels_last(model)
     model.train()
     losses = 0.0
     for step, index in enumerate(batches, start):
@@ -153,7 +156,7 @@ def _epoch(model: nn.Module, optimizer: Any, recipe: Recipe, data: TensorDataset
         if recipe.augment is not None:
             inputs, targets = recipe.augment(inputs, targets, generator)
         inputs = recipe.prepare(inputs)
-        if inputs.dim() == 4:
+        if inputs.dim() == 4 and suited:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * share(step, total)

@@ -186,6 +186,41 @@ def test_convolutions_see_channels_last_inputs():
     assert seen == [((8, 1, 6, 6), True)]
 
 
+class Downsampling(nn.Module):
+    """A convolution, and a path beside it that takes every second pixel."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.first = nn.Conv2d(3, channels, 3, padding=1)
+        self.main = nn.Conv2d(channels, 4, 3, stride=2, padding=1)
+        self.path = nn.Conv2d(channels, 4, 1, stride=2)
+
+    def forward(self, x):
+        x = self.first(x)
+        return (self.main(x) + self.path(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("channels", "suited"), [(4, False), (15, False), (16, True)])
+def test_strided_pointwise_convolutions_of_few_channels_are_trained_in_the_usual_layout(channels, suited):
+    torch.manual_seed(0)
+    model = Downsampling(channels)
+    images, expected, seen = torch.randn(8, 3, 8, 8), copy.deepcopy(model), []
+    model.path.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+
+    def loss_of(net, batch):
+        return net(batch).square().mean()
+
+    train(model, loss_of, lambda epoch: [images], Settings(steps=1, lr=0.1, cooldown=0.0))
+    assert seen == [suited]
+    optimizer = make_optimizer(expected, Settings(steps=1, lr=0.1, cooldown=0.0))
+    loss_of(expected, images).backward()
+    optimizer.step()
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+
+
 def test_weight_decay_spares_norms_biases_and_counts_tied_weights_once():
     class Tied(nn.Module):
         def __init__(self):

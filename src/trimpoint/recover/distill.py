@@ -15,7 +15,7 @@ from trimpoint.errors import ModelError
 from trimpoint.losses import call, explained, main_tensor
 from trimpoint.recover.checkpoint import weights_digest
 from trimpoint.recover.hints import hint_loss, recording
-from trimpoint.recover.layout import channels_last_, has_convolutions, prepare
+from trimpoint.recover.layout import channels_last_, prepare, suits_channels_last
 from trimpoint.signature import flatten
 from trimpoint.task import Batch, Task
 
@@ -123,7 +123,7 @@ class Teacher:
         self.asked, self.remembered = 0, 0
         self._digest = weights_digest(self.model) if memory is not None else ""
         self._bytes = sum(tensor.nbytes for tensor in memory.values()) if memory is not None else 0
-        self._channels_last = has_convolutions(self.model)
+        self._channels_last = suits_channels_last(self.model)
         channels_last_(self.model)
 
     def main_output(self, inputs: Any) -> Tensor:

@@ -12,18 +12,29 @@ from torch import Tensor, nn
 Layout = list[tuple[nn.Parameter, torch.memory_format]]
 
 
-def has_convolutions(model: nn.Module) -> bool:
-    """Return whether the model has 2-d convolutions."""
-    return any(isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) for module in model.modules())
+def suits_channels_last(model: nn.Module) -> bool:
+    """Return whether the model has 2-d convolutions, none of which is unsafe to train with its channels last.
+
+    For a 1×1 convolution with a stride over fewer channels than the block of the kernel (8 with AVX2, 16 with AVX-512),
+    the gradient of the weights writes behind its workspace: wrong gradients, or the process is aborted
+    (https://github.com/uxlfoundation/oneDNN/issues/6035; seen with torch 2.13 on a CPU with AVX2).
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))]
+    unsafe = (
+        set(each.kernel_size) == {1} and max(each.stride) > 1 and each.in_channels // each.groups < 16
+        for each in convolutions
+        if isinstance(each, nn.Conv2d)
+    )
+    return bool(convolutions) and not any(unsafe)
 
 
 def channels_last_(model: nn.Module) -> Layout:
-    """Store the 4-d parameters of a convolutional model channels last, in place.
+    """Store the 4-d parameters of a model that it suits channels last, in place.
 
     Returns:
-        What was changed, for `restore_layout_`; empty for models without 2-d convolutions.
+        What was changed, for `restore_layout_`; empty where nothing was.
     """
-    if not has_convolutions(model):
+    if not suits_channels_last(model):
         return []
     changed: Layout = [
         (parameter, torch.contiguous_format)

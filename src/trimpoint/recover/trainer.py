@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from trimpoint.errors import DataError, TrainingError
 from trimpoint.recover.checkpoint import fingerprint, load_state, save_state
-from trimpoint.recover.layout import channels_last_, has_convolutions, prepare, restore_layout_
+from trimpoint.recover.layout import channels_last_, prepare, restore_layout_, suits_channels_last
 from trimpoint.recover.penalty import Penalty
 
 Progress = Callable[[float, str], None]
@@ -144,7 +144,7 @@ class _Run:
         self.penalty = penalty
         self.optimizer = make_optimizer(model, settings)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.channels_last = has_convolutions(model)
+        self.channels_last = suits_channels_last(model)
         self.step, self.epoch, self.index = 0, 0, 0
         self.losses: list[float] = []
 

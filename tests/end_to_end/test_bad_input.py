@@ -151,7 +151,9 @@ def test_a_goal_that_nothing_meets(tmp_path, monkeypatch, capsys) -> None:
     with tiny.replayed():
         arguments = ["tests.end_to_end.tiny:untrained", TASK, "--trials", "1", "--limit", "file_bytes=0.001x"]
         assert main(["search", *arguments, "--out", str(out), "--format", "json", "--quiet"]) == 3
-    shown = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert f"hint: `trimpoint resume {out} --trials N` goes on from here" in printed.err
+    shown = json.loads(printed.out)
     assert shown["best"] is None
     assert shown["nearest"]["trial"] >= 0
     study = open_study(out)

@@ -214,6 +214,8 @@ def conclude(record: "StudyRecord", args: argparse.Namespace) -> int:
         note(f"artifact: {Path(record.directory) / 'best'}")
     _write_study(record, args.format)
     if record.best is None:
+        larger = "--trials N" if args.budget is None and args.trials is not None else "--budget TIME"
+        note(f"hint: `trimpoint resume {record.directory} {larger}` goes on from here; the total counts all so far")
         return NOTHING_MET_THE_GOAL
     certificate = None if record.chosen is None else record.chosen.certificate
     if certificate is not None and certificate.status == "failed":

@@ -252,7 +252,7 @@ def test_a_model_that_does_not_open_is_an_artifact_error(parts, tmp_path):
 
 
 def test_another_machine_or_version_is_a_warning(parts, tmp_path):
-    other = replace(parts["certificate"], instruction_set="avx2", runtime="onnxruntime 1.0")
+    other = replace(parts["certificate"], instruction_set="neon", runtime="onnxruntime 1.0")
     write_artifact(tmp_path / "a", **(parts | {"certificate": other}))
     with pytest.warns(ArtifactWarning) as caught:
         open_artifact(tmp_path / "a")

@@ -8,7 +8,8 @@ from trimpoint.values import Format
 
 BATCH = {0: "batch"}
 OPEN = {0: "batch", 1: "length"}
-WEIGHT = Format(dtype="int8", granularity="channel")
+WEIGHT = Format(dtype="int8", granularity="channel", reduce_range=True)
+"""Of 7 bits: with 8, the sums of 16 bits on a processor without VNNI saturate."""
 INPUT = Format(dtype="uint8", symmetric=False)
 
 

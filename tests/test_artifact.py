@@ -257,7 +257,7 @@ def test_another_machine_or_version_is_a_warning(parts, tmp_path):
     with pytest.warns(ArtifactWarning) as caught:
         open_artifact(tmp_path / "a")
     assert len(caught) == 2
-    assert "instruction set 'avx2'" in str(caught[0].message)
+    assert "instruction set 'neon'" in str(caught[0].message)
     assert len(verify_artifact(tmp_path / "a", clean_process=False).notes) == 2
 
 

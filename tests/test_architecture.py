@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("progress", "budget", "reference", "extras", "storage", "quiet"),
     ),
     ("score", "data", "losses", "method", "padding", "task", "target", "plan"),
-    ("graph", "measure", "runtimes", "recover", "importance", "low_rank", "methods", "sparsity", "demo"),
+    ("graph", "measure", "runtimes", "recover", "importance", "low_rank", "methods", "quantization", "sparsity", "demo"),
     ("build", "context", "compress", "manifest", "parity", "model_card", "artifact", "trust"),
     ("search",),
     ("report",),

@@ -113,12 +113,26 @@ class Format:
         granularity: one scale per tensor, per channel or per group.
         symmetric: whether the zero point is zero.
         reduce_range: use 7 of the 8 bits (safe on CPUs whose 16-bit accumulation saturates).
+        observer: how the range of an activation is taken from what was seen of it.
+        percentile: of its values that the range holds, where `observer` says so.
     """
 
     dtype: str
     granularity: Literal["tensor", "channel", "group"] = "tensor"
     symmetric: bool = True
     reduce_range: bool = False
+    observer: Literal["minmax", "percentile", "entropy", "mse"] = "minmax"
+    percentile: float = 99.99
+
+    @property
+    def bits(self) -> int:
+        """The number of bits of a value.
+
+        Example:
+            >>> Format(dtype="uint8").bits, Format(dtype="float32").bits
+            (8, 32)
+        """
+        return int("".join(letter for letter in self.dtype if letter.isdigit()))
 
 
 @dataclass(frozen=True, kw_only=True)

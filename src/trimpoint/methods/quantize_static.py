@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
-from trimpoint.method import Context, Fact, Method, Stage, Traits, param
+from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
 from trimpoint.values import Format
 
 
@@ -27,7 +27,9 @@ class QuantizeStatic(Method):
     References:
         Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only inference"
         (2018); Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference" (2018), for a scale per
-        channel; ONNX Runtime, "Quantize ONNX models", for `reduce_range` on CPUs whose 16-bit sums saturate.
+        channel; Migacz, "8-bit inference with TensorRT" (2017), for entropy; Banner, Nahshan, Soudry, "Post training
+        4-bit quantization of convolutional networks" (2019), for squared error; ONNX Runtime, "Quantize ONNX models",
+        for `reduce_range` on CPUs whose 16-bit sums saturate.
     """
 
     granularity: str = param(
@@ -35,6 +37,14 @@ class QuantizeStatic(Method):
     )
     symmetric_activations: bool = param(False, doc="int8 activations with zero point 0 instead of uint8 with any")
     reduce_range: bool = param(True, doc="7-bit weights, exact on CPUs without VNNI as well", search=(True, False))
+    observer: str = param(
+        "minmax",
+        doc="range of an activation: all values, without the outermost, least divergence, or least squared error",
+        choices=("minmax", "percentile", "entropy", "mse"),
+    )
+    percentile: float = param(
+        99.99, doc="of the values that the range holds, with `observer='percentile'`", bounds=Bounds(gt=50.0, le=100.0)
+    )
 
     traits: ClassVar[Traits] = Traits(
         stage=Stage.QUANTIZE,
@@ -50,7 +60,13 @@ class QuantizeStatic(Method):
         granularity = cast(Literal["channel", "tensor"], self.granularity)
         weight = Format(dtype="int8", granularity=granularity, symmetric=True, reduce_range=self.reduce_range)
         symmetric = self.symmetric_activations
-        activations = Format(dtype="int8" if symmetric else "uint8", granularity="tensor", symmetric=symmetric)
+        activations = Format(
+            dtype="int8" if symmetric else "uint8",
+            granularity="tensor",
+            symmetric=symmetric,
+            observer=cast(Literal["minmax", "percentile", "entropy", "mse"], self.observer),
+            percentile=self.percentile,
+        )
         for site in ctx.modules():
             ctx.assign(site.path, "weight", weight)
             ctx.assign(site.path, "input", activations)

@@ -50,6 +50,11 @@ def quantize(
     unmapped += [f"{path}: NNCF takes no learned ranges, they are calibrated" for path in ranges if path in chosen]
     if not chosen:
         return model, tuple(unmapped)
+    unmapped += [
+        f"{path}: NNCF has no range by {tensors['input'].observer}, it takes its own"
+        for path, tensors in chosen.items()
+        if tensors["input"].observer != "minmax"
+    ]
     nncf = _import()
     first = next(iter(chosen.values()))
     if any(dict(tensors) != dict(first) for tensors in chosen.values()):

@@ -1,4 +1,4 @@
-"""Realise int8 formats on an ONNX graph with ONNX Runtime's own static quantiser.
+"""Realise int8 formats on an ONNX graph: our ranges, ONNX Runtime's own placement of quantisers.
 
 This module needs `onnx` (the full installation); what opens an artifact does not import it.
 """
@@ -14,13 +14,16 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import ModelProto, NodeProto
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from trimpoint.errors import DataError, LoweringError
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import onnx_graph
 from trimpoint.runtimes.base import Formats, Ranges
+from trimpoint.runtimes.observe import float_tensors, observe
 from trimpoint.values import Format
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gather", "Gemm", "MatMul")
@@ -57,6 +60,7 @@ class Selection:
         reduce_range: 7-bit weights.
         symmetric: zero points of activations in the middle of the range.
         overrides: tensor name → settings that differ from these.
+        inputs: name of a node's input → its format; the other activations have that of the first of these.
         unmapped: `path: reason` for formats that cannot be realised.
     """
 
@@ -65,6 +69,7 @@ class Selection:
     reduce_range: bool = False
     symmetric: bool = False
     overrides: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    inputs: dict[str, Format] = field(default_factory=dict)
     unmapped: list[str] = field(default_factory=list)
 
 
@@ -132,7 +137,7 @@ def select(model: ModelProto, scopes: Mapping[str, str], formats: Formats, range
 
 
 def quantize(model: ModelProto, selection: Selection, feeds: Iterator[dict[str, np.ndarray]]) -> ModelProto:
-    """Return the quantised graph, in quantise/dequantise form.
+    """Return the quantised graph, in quantise/dequantise form; ranges of activations are taken from the feeds.
 
     Args:
         model: preprocessed.
@@ -140,26 +145,68 @@ def quantize(model: ModelProto, selection: Selection, feeds: Iterator[dict[str, 
         feeds: input name → array, batch after batch; read one at a time.
 
     Raises:
+        DataError: if there are no feeds, or they lead to values that are not finite.
         LoweringError: if the quantiser fails.
     """
-    result = _quantize(
-        model,
-        feeds,
-        nodes_to_quantize=selection.nodes,
-        per_channel=selection.per_channel,
-        reduce_range=selection.reduce_range,
-        extra_options={
-            "ActivationSymmetric": selection.symmetric,
-            "TensorQuantOverrides": selection.overrides,
-        },
-    )
+    wanted = _activations(model, selection)
+    ranges = observe(model, wanted, feeds)
+    learned = {name: settings[0] for name, settings in selection.overrides.items() if "rmin" in settings[0]}
+    extremes = {
+        name: TensorData(lowest=np.float32(low), highest=np.float32(high))
+        for name, (low, high) in ranges.items()
+        if name not in learned
+    }
+    extremes |= {
+        name: TensorData(lowest=settings["rmin"], highest=settings["rmax"])
+        for name, settings in learned.items()
+        if name in wanted
+    }
+    given = ModelProto()
+    given.CopyFrom(model)
+    with quiet():
+        try:
+            quantizer = QDQQuantizer(
+                given,
+                selection.per_channel,
+                selection.reduce_range,
+                QuantType.QInt8,
+                QuantType.QUInt8,
+                TensorsData(CalibrationMethod.MinMax, extremes),
+                selection.nodes,
+                [],
+                [*WEIGHTED, *GLUE],
+                {"ActivationSymmetric": selection.symmetric, "TensorQuantOverrides": selection.overrides},
+            )
+            quantizer.quantize_model()
+        except Exception as error:
+            raise LoweringError(f"ONNX Runtime cannot quantise the model: {type(error).__name__}: {error}") from error
+    result = quantizer.model.model
     _keep_products(result, set(selection.nodes))
     return result
 
 
+def _activations(model: ModelProto, selection: Selection) -> dict[str, Format]:
+    """Return the activations that are quantised, with their formats."""
+    floats, chosen = float_tensors(model), set(selection.nodes)
+    near = [n for node in model.graph.node if node.name in chosen for n in (*node.input, *node.output) if n in floats]
+    usual = next(iter(selection.inputs.values()), Format(dtype="uint8", symmetric=False))
+    return {name: selection.inputs.get(name, usual) for name in dict.fromkeys(near)}
+
+
 def quantize_default(model: ModelProto, feeds: Iterator[dict[str, np.ndarray]]) -> ModelProto:
     """Return the graph as `quantize_static` makes it in one line, with the types its documentation gives for x86-64."""
-    return _quantize(model, feeds)
+    with tempfile.TemporaryDirectory() as directory, quiet():
+        source, target = Path(directory) / "source.onnx", Path(directory) / "target.onnx"
+        onnx.save(model, source)
+        try:
+            quantize_static(
+                source, target, _Reader(feeds), activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8
+            )
+        except DataError:
+            raise
+        except Exception as error:
+            raise LoweringError(f"ONNX Runtime cannot quantise the model: {type(error).__name__}: {error}") from error
+        return onnx.load(target)
 
 
 def fuse(model: ModelProto) -> ModelProto:
@@ -186,26 +233,6 @@ def same_answers(first: bytes, second: bytes, feeds: Mapping[str, np.ndarray]) -
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         results.append(session.run(None, dict(feeds)))
     return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*results, strict=True))
-
-
-def _quantize(model: ModelProto, feeds: Iterator[dict[str, np.ndarray]], **settings: Any) -> ModelProto:
-    with tempfile.TemporaryDirectory() as directory, quiet():
-        source, target = Path(directory) / "source.onnx", Path(directory) / "target.onnx"
-        onnx.save(model, source)
-        try:
-            quantize_static(
-                source,
-                target,
-                _Reader(feeds),
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                **settings,
-            )
-        except DataError:
-            raise
-        except Exception as error:
-            raise LoweringError(f"ONNX Runtime cannot quantise the model: {type(error).__name__}: {error}") from error
-        return onnx.load(target)
 
 
 def _keep_products(model: ModelProto, chosen: set[str]) -> None:
@@ -293,6 +320,7 @@ def _overrides(
         if channel:
             setting["axis"] = 1 if node.op_type in ("ConvTranspose", "MatMul") or not _transposed(node) else 0
         selection.overrides[weight] = [setting]
+    selection.inputs.setdefault(source, tensors["input"])
     wanted: dict[str, Any] = {}
     if tensors["input"].symmetric != selection.symmetric:
         wanted["symmetric"] = tensors["input"].symmetric

@@ -165,7 +165,7 @@ class Comparison:
     def _numbers(self, made: nn.Module | Compressed) -> dict[str, Any]:
         if not isinstance(made, Compressed) or not made.formats:
             return {}
-        return {"formats": made.formats, "ranges": made.ranges or None, "calibration": self._calibration()}
+        return {"formats": made.formats, "calibration": self._calibration()}
 
     def _calibration(self) -> list[Any]:
         batches = self.task.batches("calibrate", size=32, limit=512)

@@ -28,8 +28,8 @@ from trimpoint.compress import Compressed, compress
 from trimpoint.data import as_numpy
 from trimpoint.errors import ParityError, TrimpointError, UnknownNameError, suggest
 from trimpoint.measure.inputs import CoreInputs, core_inputs
-from trimpoint.method import make_method
 from trimpoint.plan import Plan, Step
+from trimpoint.registry import make_method
 from trimpoint.runtimes import get_runtime, runtime_names
 from trimpoint.runtimes.base import Exported
 from trimpoint.runtimes.export import export

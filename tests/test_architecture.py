@@ -19,8 +19,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("errors", "values", "annotations", "parts", "filters", "signature"),
         *("progress", "budget", "reference", "extras", "storage", "quiet"),
     ),
-    ("score", "data", "losses", "method", "padding", "task", "target", "plan"),
-    ("graph", "measure", "runtimes", "recover", "importance", "low_rank", "methods", "quantization", "sparsity", "demo"),
+    ("score", "data", "losses", "method", "registry", "padding", "task", "target", "plan"),
+    (
+        *("graph", "measure", "runtimes", "recover", "importance"),
+        *("low_rank", "methods", "quantization", "sparsity", "demo"),
+    ),
     ("build", "context", "compress", "manifest", "parity", "model_card", "artifact", "trust"),
     ("search",),
     ("report",),
@@ -32,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 APART = {("methods", "search"), ("methods", "target"), ("methods", "runtimes"), ("runtimes", "methods")}
 """(who, whom): never, whatever the rows say, and not for annotations either."""
 
-DISCOVERY = {("trimpoint.method", "trimpoint.methods"): "lists the files of that package and knows none of them"}
+DISCOVERY = {("trimpoint.registry", "trimpoint.methods"): "lists the files of that package and knows none of them"}
 """(importer, target) → why the direction does not matter there."""
 
 SWALLOWS = {

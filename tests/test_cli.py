@@ -12,8 +12,8 @@ from trimpoint.budget import parse_duration
 from trimpoint.cli import main
 from trimpoint.cli.run import build_parser
 from trimpoint.errors import InvalidParameterError, ModelError, UnknownNameError
-from trimpoint.method import all_methods
 from trimpoint.reference import load_reference
+from trimpoint.registry import all_methods
 
 GOLDEN = Path(__file__).parent / "golden" / "help"
 VERBS = (

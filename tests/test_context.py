@@ -81,7 +81,7 @@ def test_what_needs_plain_weights_names_the_mask(masked, method):
     assert {c.kind for c in made.changes} == {"skipped"}
     for change in made.changes:
         assert change.reason.startswith(f"a mask holds weights of `{change.origin}` at zero"), change
-        assert "trimpoint.bake_masks" in change.reason
+        assert "trimpoint.bake" in change.reason
         assert "parametrizations" not in change.origin
 
 
@@ -97,7 +97,7 @@ def test_channels_that_run_into_a_masked_layer_stay_and_name_it():
 def test_baked_masks_go_wherever_plain_weights_go(masked):
     model, task = masked
     names = list(model.state_dict())
-    baked = trimpoint.bake_masks(model)
+    baked = trimpoint.bake(model)
     plain, _ = zoo()["cnn"].make()
     assert list(model.state_dict()) == names
     assert list(baked.state_dict()) == list(plain.state_dict())

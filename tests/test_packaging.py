@@ -19,7 +19,7 @@ from packaging.version import Version
 import trimpoint
 from trimpoint.extras import EXTRAS as MODULES
 from trimpoint.extras import missing_dependency
-from trimpoint.method import all_methods
+from trimpoint.registry import all_methods
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -8,8 +8,9 @@ import pytest
 
 from trimpoint.errors import InvalidParameterError, PlanError, TrimpointError, UnknownNameError
 from trimpoint.filters import parse
-from trimpoint.method import Stage, all_methods, make_method
+from trimpoint.method import Stage
 from trimpoint.plan import Plan, Step
+from trimpoint.registry import all_methods, make_method
 
 METHODS = sorted(all_methods())
 

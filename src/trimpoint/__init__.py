@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from trimpoint.artifact import verify_artifact as verify
     from trimpoint.compress import compress as compress
     from trimpoint.errors import TrimpointError as TrimpointError
-    from trimpoint.graph.masks import baked as bake_masks
+    from trimpoint.graph.held import baked as bake
     from trimpoint.measure.profile import measure_model as measure
     from trimpoint.method import Method as Method
     from trimpoint.plan import Plan as Plan
@@ -52,7 +52,7 @@ _HOMES = {
     "Target": "target",
     "Task": "task",
     "TrimpointError": "errors",
-    "bake_masks": "graph.masks:baked",
+    "bake": "graph.held:baked",
     "certify": "trust.certify",
     "compress": "compress",
     "measure": "measure.profile:measure_model",
@@ -80,7 +80,7 @@ __all__ = [
     "Task",
     "TrimpointError",
     "__version__",
-    "bake_masks",
+    "bake",
     "certify",
     "compress",
     "measure",

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ from trimpoint.graph import Edit, find_blocks, find_groups
 from trimpoint.losses import call, explained
 from trimpoint.method import Fact
 from trimpoint.parts import Block, Group
+from trimpoint.signature import flatten
 from trimpoint.task import Task
 from trimpoint.values import Change, Format
 
@@ -31,7 +32,6 @@ class Build:
     changes: list[Change] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
     formats: dict[str, dict[str, Format]] = field(default_factory=dict)
-    ranges: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Fact] = field(default_factory=dict)
     structure: dict[str, Any] = field(default_factory=dict)
@@ -133,6 +133,33 @@ def describe(module: nn.Module) -> str:
         return f"{name} {'×'.join(map(str, size)) if isinstance(size, tuple) else size}"
     parameters = sum(p.numel() for p in module.parameters())
     return f"{name} ({parameters:,} parameters)" if parameters else name
+
+
+def observed(
+    model: nn.Module,
+    task: Task,
+    observe: Callable[[str, nn.Module, tuple[Any, ...], Any], None],
+    paths: Sequence[str],
+) -> int:
+    """Run all calibration data through a model, see `Context.calibrate`."""
+    samples = 0
+
+    def watch(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            observe(path, module, (*args, *kwargs.values()), output)
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(watch(path), with_kwargs=True) for path in paths]
+    try:
+        for inputs, _ in task.batches("calibrate"):
+            with explained(inputs, "a batch of `calibrate`"):
+                call(model, inputs)
+            samples += len(flatten(inputs)[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return samples
 
 
 def inputs_of(core: nn.Module, model: nn.Module, inputs: Any) -> Any:

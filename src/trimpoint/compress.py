@@ -26,12 +26,11 @@ class Compressed:
 
     Args:
         module: a plain module in evaluation mode. Weights that are held at zero are computed with a mask, which lasts
-            through training; `trimpoint.bake_masks` makes plain weights of them, to save or hand on.
+            through training; `trimpoint.bake` makes plain weights of them, to save or hand on.
         plan: that made it.
         changes: what each step did to each module in its scope, or why it did nothing.
         edits: of the structure, in a closed vocabulary, for rebuilding it.
         formats: module path → tensor (`"weight"`, `"input"`, `"output"`) → number format, for a runtime to realise.
-        ranges: module path → tensor → (minimum, maximum), where a method learnt them.
         origins: module path → its path in the unmodified model.
         facts: origin → what still holds.
         effort: at which the last recovery step ran.
@@ -42,7 +41,6 @@ class Compressed:
     changes: tuple[Change, ...] = ()
     edits: tuple[Edit, ...] = ()
     formats: Mapping[str, Mapping[str, Format]] = field(default_factory=dict)
-    ranges: Mapping[str, Mapping[str, tuple[float, float]]] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Fact] = field(default_factory=dict)
     effort: float = 1.0
@@ -99,7 +97,6 @@ def compress(
         changes=tuple(build.changes),
         edits=tuple(build.edits),
         formats=build.formats,
-        ranges=build.ranges,
         origins=origins,
         facts=build.facts,
         effort=effort if last is not None else 1.0,
@@ -122,7 +119,6 @@ def _begin(
         return build
     build.changes, build.edits = list(start.changes), list(start.edits)
     build.formats = {path: dict(formats) for path, formats in start.formats.items()}
-    build.ranges = {path: dict(ranges) for path, ranges in start.ranges.items()}
     build.origins, build.facts = dict(start.origins), dict(start.facts)
     return build
 

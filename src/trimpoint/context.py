@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimpoint.build import Build, describe, own_shapes, type_names
+from trimpoint.build import Build, describe, observed, own_shapes, type_names
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
-from trimpoint.graph import MaskEdit, bypass_, mask_, masks_of, remove_units_, replace_
+from trimpoint.graph import GridEdit, MaskEdit, OnGrid, bypass_, mask_, masks_of, put_on_grid_, remove_units_, replace_
+from trimpoint.graph.grids import grid_to_data
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
-from trimpoint.losses import call, explained
 from trimpoint.method import ALL_FACTS, Context, Site
 from trimpoint.parts import Block, Group, MaskSchedule
 from trimpoint.plan import Step
@@ -24,7 +24,6 @@ from trimpoint.recover.distill import Distillation, DistillationLoss, Teacher
 from trimpoint.recover.penalty import Penalty
 from trimpoint.recover.recipe import Recovery, check_batches
 from trimpoint.recover.trainer import train
-from trimpoint.signature import flatten
 from trimpoint.task import Task
 from trimpoint.values import Change, ChangeKind, Format
 
@@ -186,13 +185,22 @@ class _Context(Context):
         module = self.get(path)
         before = describe(module)
         mask_(module, parameter, keep, schedule, values)
-        for alias in self._aliases(module):
-            inner = (f"{alias}.{name}".strip(".") for name, _ in module.named_modules())
-            self._build.origins.update(dict.fromkeys(inner, self._build.origin(alias)))
+        self._inherit(module)
         self._build.edited([MaskEdit(path, parameter, schedule_to_data(schedule))])
         held = masks_of(module)[parameter]
         count = held.keep.numel()
         self._change("masked", path, before, f"{100 * held.removed / count:.4g} % of {count:,} weights zero", reason)
+
+    def put_on_grid(
+        self, path: str, scale: Tensor, bits: int, *, axis: int = 0, values: Tensor | None = None, reason: str = ""
+    ) -> None:
+        """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file."""
+        module, grid = self.get(path), OnGrid(scale.detach().float().clone(), bits, axis)
+        before = describe(module)
+        put_on_grid_(module, "weight", grid, values)
+        self._inherit(module)
+        self._build.edited([GridEdit(path, "weight", grid_to_data(grid))])
+        self._change("assigned", path, before, f"weight on {2 * grid.top + 1} levels", reason)
 
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor, under every path that the module has."""
@@ -200,8 +208,9 @@ class _Context(Context):
             self._build.formats.setdefault(alias, {})[tensor] = format
         old = self._changes.get(self._key(path))
         text = f"{tensor} {format.dtype} per {format.granularity}"
-        after = f"{old.after}, {text}" if old is not None and old.kind == "assigned" else text
-        self._change("assigned", path, describe(self.get(path)), after, "")
+        added = old is not None and old.kind == "assigned"
+        after, reason = (f"{old.after}, {text}", old.reason) if old is not None and added else (text, "")
+        self._change("assigned", path, describe(self.get(path)), after, reason)
 
     def skip(self, path: str, reason: str) -> None:
         """Record why a module stays as it is; the first reason counts."""
@@ -217,25 +226,7 @@ class _Context(Context):
     @torch.no_grad()
     def calibrate(self, observe: Callable[[str, nn.Module, tuple[Any, ...], Any], None], paths: Sequence[str]) -> int:
         """Run all calibration data through the model in evaluation mode and observe the modules at `paths`."""
-        task = self._need_task()
-        model, samples = self.module.eval(), 0
-
-        def watch(path: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                observe(path, module, (*args, *kwargs.values()), output)
-
-            return hook
-
-        handles = [self.get(path).register_forward_hook(watch(path), with_kwargs=True) for path in paths]
-        try:
-            for inputs, _ in task.batches("calibrate"):
-                with explained(inputs, "a batch of `calibrate`"):
-                    call(model, inputs)
-                samples += len(flatten(inputs)[0])
-        finally:
-            for handle in handles:
-                handle.remove()
-        return samples
+        return observed(self.module.eval(), self._need_task(), observe, paths)
 
     def train(self, recipe: Recovery, distillation: Distillation | None = None, penalty: Penalty | None = None) -> None:
         """Train the parameters in scope."""
@@ -366,6 +357,12 @@ class _Context(Context):
 
     def _aliases(self, module: nn.Module) -> list[str]:
         return [path for path, other in self.module.named_modules(remove_duplicate=False) if other is module]
+
+    def _inherit(self, module: nn.Module) -> None:
+        """Give the parts of a module the origin that it has."""
+        for alias in self._aliases(module):
+            inner = (f"{alias}.{name}".strip(".") for name, _ in module.named_modules())
+            self._build.origins.update(dict.fromkeys(inner, self._build.origin(alias)))
 
     def _out_of_scope_parameters(self) -> list[nn.Parameter]:
         inside = {

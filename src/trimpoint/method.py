@@ -6,18 +6,14 @@ search ranges, the recipe schema and the reference page are all derived from the
 
 import dataclasses
 import enum
-import importlib
-import importlib.metadata
-import pkgutil
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trimpoint.annotations import annotations_of, fits, in_words
-from trimpoint.errors import InvalidParameterError, PlanError, UnknownNameError, suggest
+from trimpoint.errors import InvalidParameterError
 from trimpoint.parts import Block, Group, MaskSchedule
 from trimpoint.values import Format
 
@@ -241,8 +237,27 @@ class Context(ABC):
         """
 
     @abstractmethod
+    def put_on_grid(
+        self, path: str, scale: "Tensor", bits: int, *, axis: int = 0, values: "Tensor | None" = None, reason: str = ""
+    ) -> None:
+        """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file.
+
+        Args:
+            path: of the module.
+            scale: of each output channel, or a single one; one-dimensional, positive.
+            bits: of a code: at most `2 ** (bits - 1) - 1` steps to either side of zero.
+            axis: the weight's dimension of output channels.
+            values: that the weight takes before, such as the result of a rounding that looks at more than one number.
+            reason: how scales and integers were chosen.
+        """
+
+    @abstractmethod
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor of the module at `path`; the runtime realises it."""
+
+    @abstractmethod
+    def report(self, text: str, share: float) -> None:
+        """Tell what is being done, and which share of the step is done."""
 
     @abstractmethod
     def skip(self, path: str, reason: str) -> None:
@@ -350,45 +365,3 @@ def _check(method: Method, field: "dataclasses.Field[Any]") -> str | None:
     if bounds and value is not None and not bounds.contains(value):
         return f"{head} in the range {bounds}. Got {value!r}."
     return None
-
-
-@cache
-def all_methods() -> dict[str, type[Method]]:
-    """Return every known method by name: the files of `trimpoint.methods` and the entry points of that group.
-
-    Raises:
-        PlanError: if two methods have one name.
-    """
-    package = importlib.import_module("trimpoint.methods")
-    modules = [
-        importlib.import_module(f"trimpoint.methods.{info.name}") for info in pkgutil.iter_modules(package.__path__)
-    ]
-    found = [
-        kind
-        for module in modules
-        for kind in vars(module).values()
-        if isinstance(kind, type) and issubclass(kind, Method) and kind.__module__ == module.__name__
-    ]
-    found += [entry.load() for entry in importlib.metadata.entry_points(group="trimpoint.methods")]
-    methods: dict[str, type[Method]] = {}
-    for kind in found:
-        if methods.setdefault(kind.method_name(), kind) is not kind:
-            raise PlanError(f"Two methods are named {kind.method_name()!r}: {methods[kind.method_name()]} and {kind}.")
-    return dict(sorted(methods.items()))
-
-
-def make_method(name: str, params: Mapping[str, Any]) -> Method:
-    """Return the method `name` with `params`; lists become tuples.
-
-    Raises:
-        UnknownNameError: if there is no such method or parameter.
-        InvalidParameterError: if a value is not allowed.
-    """
-    methods = all_methods()
-    if name not in methods:
-        raise UnknownNameError(f"There is no method {name!r}.", suggest(name, list(methods)))
-    known = [field.name for field in dataclasses.fields(methods[name])]
-    for key in params:
-        if key not in known:
-            raise UnknownNameError(f"The method {name!r} has no parameter {key!r}.", suggest(key, known))
-    return methods[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in params.items()})

@@ -9,7 +9,8 @@ from typing import Any
 
 from trimpoint.errors import PlanError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING, Filter, parse
-from trimpoint.method import Method, Stage, make_method
+from trimpoint.method import Method, Stage
+from trimpoint.registry import make_method
 
 
 @dataclass(frozen=True)

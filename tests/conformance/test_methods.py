@@ -1,6 +1,6 @@
 """Every method of the package against every check that its traits call for."""
 
-from trimpoint.method import all_methods
+from trimpoint.registry import all_methods
 from trimpoint.testing import parametrize_with_checks
 
 test_method = parametrize_with_checks(all_methods())

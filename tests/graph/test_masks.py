@@ -16,7 +16,7 @@ from trimpoint.graph import (
     MaskEdit,
     ScheduledMask,
     apply_edits_,
-    bake_masks_,
+    bake_,
     baked,
     edits_from_data,
     edits_to_data,
@@ -77,7 +77,7 @@ def test_the_parameter_keeps_its_identity_and_its_flag():
     mask_(module, "weight", half(weight))
     assert module.parametrizations.weight.original is weight
     assert not weight.requires_grad
-    bake_masks_(module)
+    bake_(module)
     assert module.weight is weight
     assert type(module) is nn.Linear
     assert list(module.state_dict()) == ["weight", "bias"]
@@ -87,7 +87,7 @@ def test_baking_a_copy_leaves_the_one_that_it_was_made_of():
     module = masked()
     copied = copy.deepcopy(module)
     assert type(copied) is type(module)
-    bake_masks_(copied)
+    bake_(copied)
     assert torch.equal(copied.weight, module.weight)
     assert torch.equal(copy.deepcopy(module).weight, module.weight)
     assert not parametrize.is_parametrized(copied)
@@ -200,7 +200,7 @@ def test_in_evaluation_mode_the_schedule_has_ended():
     expected = module.eval().weight.detach().clone()
     assert int((expected == 0).sum()) == 36
     copied = copy.deepcopy(module).train()
-    bake_masks_(copied)
+    bake_(copied)
     assert torch.equal(copied.weight, expected)
 
 

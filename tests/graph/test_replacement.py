@@ -265,7 +265,7 @@ def test_a_layer_that_cannot_take_the_mask_is_refused():
     words = r"A mask holds \d+ of the 24 numbers of its weight at zero, and does not fit a LowRank"
     with pytest.raises(SurgeryError, match=words) as error:
         replace_(model, "plain", LowRank(nn.Linear(4, 2), nn.Linear(2, 6)), IMAGES)
-    assert "bake_masks" in error.value.hint
+    assert "trimpoint.bake" in error.value.hint
     assert model.plain is kept
     with pytest.raises(SurgeryError, match=r"of its plain\.weight at zero"):
         replace_(nn.Sequential(model), "0", nn.Linear(3, 5), None)

@@ -5,8 +5,8 @@ import pytest
 from trimpoint.build import Build
 from trimpoint.compress import compress
 from trimpoint.measure.static import count_macs, count_params
-from trimpoint.method import make_method
 from trimpoint.plan import Plan, Step
+from trimpoint.registry import make_method
 from trimpoint.search.space import share_of
 from trimpoint.testing import zoo
 

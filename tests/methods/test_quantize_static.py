@@ -8,7 +8,9 @@ from torch.utils.data import TensorDataset
 from trimpoint.compress import compress
 from trimpoint.errors import DataError, InvalidParameterError
 from trimpoint.filters import Glob
+from trimpoint.graph import baked, grids_of
 from trimpoint.method import Fact
+from trimpoint.methods.finetune import Finetune
 from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.plan import Plan, Step
 from trimpoint.task import Task
@@ -86,3 +88,93 @@ def test_parameters_out_of_range():
         QuantizeStatic(granularity="group")
     with pytest.raises(InvalidParameterError, match="reduce_range"):
         QuantizeStatic(reduce_range="yes")
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)
+        self.up = nn.ConvTranspose2d(6, 3, 2)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.up(self.norm(self.conv(x)).relu()).mean((2, 3)))
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return Task(calibrate=TensorDataset(torch.randn(32, 1, 8, 8, generator=generator).cumsum(-1), torch.zeros(32)))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround"])
+def test_weights_are_put_on_grids(images, rounding):
+    torch.manual_seed(0)
+    model = Convolutional().eval()
+    compressed = compress(model, Plan().then(QuantizeStatic(bits=4, rounding=rounding)), images)
+    for name in ("conv", "up", "head"):
+        codes = grids_of(compressed.module)[name].codes
+        assert codes.min() >= -7
+        assert codes.max() <= 7
+        assert len(set(codes.ravel().tolist())) > 2
+        assert compressed.formats[name]["weight"].dtype == "int4"
+    told = {change.origin: change for change in compressed.changes}
+    assert told["conv"].after == "weight on 15 levels, weight int4 per channel, input uint8 per tensor"
+    assert told["conv"].reason == f"least error of its output on 1,152 positions, {rounding}"
+    assert told["up"].reason == "least error of its weight, nearest"
+    again = compress(model, compressed.plan, images)
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(again.module.parameters(), compressed.module.parameters(), strict=True)
+    )
+
+
+def test_what_looks_at_the_inputs_is_nearer_to_the_model(images):
+    torch.manual_seed(0)
+    model = Convolutional().eval()
+    inputs = torch.stack([images.calibrate[i][0] for i in range(32)])
+    errors = {}
+    for rounding in ("nearest", "gptq", "adaround"):
+        made = compress(model, Plan().then(QuantizeStatic(bits=3, rounding=rounding)), images).module
+        with torch.no_grad():
+            errors[rounding] = float((made.conv(inputs) - model.conv(inputs)).square().sum())
+    assert errors["gptq"] < errors["nearest"]
+    assert errors["adaround"] < errors["nearest"]
+
+
+def test_training_goes_on_upon_the_grid():
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(torch.randn(64, 1, 8, 8, generator=generator), torch.arange(64) % 2)
+    task = Task.classification(data, data)
+    plan = Plan().then(QuantizeStatic(bits=4), Finetune(epochs=2, lr=0.1))
+    compressed = compress(Convolutional().eval(), plan, task)
+    before = compress(Convolutional().eval(), plan.prefix(1), task)
+    assert sorted(grids_of(compressed.module)) == sorted(grids_of(before.module)) == ["conv", "head", "up"]
+    weight = baked(compressed.module).conv.weight
+    grid = grids_of(compressed.module)["conv"]
+    torch.testing.assert_close(
+        weight, torch.from_numpy((grid.codes * grid.scale[:, None, None, None]).astype("float32"))
+    )
+
+
+def test_shared_weights_are_left_to_the_runtime(task):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.head(self.second(self.first(x)))
+
+    compressed = compress(Tied().eval(), Plan().then(QuantizeStatic(bits=4)), task)
+    assert list(compressed.formats) == ["head"]
+    assert {c.origin: c.reason for c in compressed.changes if c.kind == "skipped"} == dict.fromkeys(
+        ("first", "second"), "it shares a weight with another module"
+    )
+
+
+@pytest.mark.parametrize("params", [{"bits": 4}, {"rounding": "gptq"}])
+def test_chosen_integers_need_a_scale_per_channel(params):
+    with pytest.raises(InvalidParameterError, match="must be 'channel'"):
+        QuantizeStatic(granularity="tensor", **params)

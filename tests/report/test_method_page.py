@@ -8,7 +8,8 @@ from typing import ClassVar
 import pytest
 
 from trimpoint.cli import main
-from trimpoint.method import Bounds, Method, Stage, Traits, all_methods, param
+from trimpoint.method import Bounds, Method, Stage, Traits, param
+from trimpoint.registry import all_methods
 from trimpoint.report.method_page import (
     HEADINGS,
     STAGES,

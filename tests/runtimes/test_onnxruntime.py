@@ -1,4 +1,6 @@
 import collections
+import copy
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -10,6 +12,8 @@ from torch import nn
 from tests.runtimes import networks
 from trimpoint.data import as_numpy
 from trimpoint.errors import MissingDependencyError
+from trimpoint.graph import OnGrid, put_on_grid_
+from trimpoint.quantization.grid import Grid
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.export import export
 from trimpoint.runtimes.verify import check_parity
@@ -102,14 +106,64 @@ def test_symmetric_activations_have_their_zero_in_the_middle(cases, tmp_path):
     assert check_parity(module, RUNTIME.open(tmp_path, lowered), [inputs(64)]).agreement > 0.95
 
 
-def test_learned_ranges_go_before_calibrated_ones(cases, tmp_path):
-    module = cases["cnn"][0]
-    lower(cases["cnn"], tmp_path, networks.int8(module), ranges={"0": {"input": (-1.0, 3.0)}})
-    model = onnx.load(tmp_path / "model.onnx")
-    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    first = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
-    assert float(tensors[first.input[1]]) == pytest.approx(4 / 255)
-    assert int(tensors[first.input[2]]) == round(255 / 4)
+class Mixed(nn.Module):
+    """Convolutions with batch norms (one with a negative factor), grouped and transposed, and a product over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.tokens = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 5)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.tensor([-2.0, 0.5, 1.0, -0.1, 3.0, 1.0, 0.7, -1.0]))
+            self.norm.running_mean.uniform_(-1, 1)
+            self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.up(self.grouped(self.norm(self.conv(x)).relu()))
+        return self.head(self.tokens(x.flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_file_holds_the_integers_that_were_chosen(bits, tmp_path):
+    torch.manual_seed(0)
+    module = Mixed().eval()
+    layers = ("conv", "grouped", "up", "tokens", "head")
+    for name in layers:
+        weight, axis = module.get_submodule(name).weight.detach(), 1 if name == "up" else 0
+        # Scales that rounding to nearest would not take: the greatest code is not reached, or clips.
+        scale = (
+            weight.abs().movedim(axis, 0).flatten(1).amax(1)
+            / (2 ** (bits - 1))
+            * torch.linspace(0.8, 1.3, weight.shape[axis])
+        )
+        put_on_grid_(module.get_submodule(name), "weight", OnGrid(scale, bits, axis))
+    exported = export(module, torch.randn(2, 3, 8, 8), {"input": {0: "batch"}})
+    assert sorted(exported.grids) == sorted(layers)
+    kind = {"weight": Format(dtype=f"int{bits}", granularity="channel"), "input": networks.INPUT}
+    lowered = RUNTIME.lower(
+        exported, tmp_path, formats=dict.fromkeys(layers, kind), calibration=[torch.randn(64, 3, 8, 8).numpy()]
+    )
+    assert lowered.unmapped == ()
+    stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "model.onnx").graph.initializer]
+    integers = [
+        np.sort(abs(array.astype(int)).ravel()) for array in stored if array.dtype == np.int8 and array.ndim > 1
+    ]
+    for name in layers:
+        codes = np.sort(abs(exported.grids[name].codes.astype(int)).ravel())
+        assert any(np.array_equal(codes, array) for array in integers), name
+    if bits < 8:  # with 8, sums of 16 bits saturate on a processor without VNNI
+        assert check_parity(module, RUNTIME.open(tmp_path, lowered), [torch.randn(16, 3, 8, 8)]).sqnr_db > 25
+
+
+def test_weights_that_left_their_grid_on_the_way_are_named(cases, tmp_path):
+    module = copy.deepcopy(cases["cnn"][0])
+    exported = cases["cnn"][2]
+    grids = {"0": Grid(codes=np.ones(module[0].weight.shape, dtype=np.int8), scale=np.ones(1), axis=0, bits=8)}
+    lowered = lower((module, cases["cnn"][1], replace(exported, grids=grids), None), tmp_path, networks.int8(module))
+    assert lowered.unmapped == ("0: its weight is not on its grid in the graph, and is rounded anew",)
 
 
 def test_embeddings_get_smaller_where_they_have_a_format(cases, tmp_path):

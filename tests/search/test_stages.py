@@ -21,7 +21,7 @@ def made():
 def test_a_stage_comes_back_as_it_was(made, tmp_path):
     save_stage(made, tmp_path, 1.5)
     back = load_stage(tmp_path, tiny.untrained(), PLAN)
-    for name in ("plan", "changes", "edits", "formats", "ranges", "origins", "facts", "effort"):
+    for name in ("plan", "changes", "edits", "formats", "origins", "facts", "effort"):
         assert getattr(back, name) == getattr(made, name), name
     x = torch.randn(5, 8)
     assert torch.equal(back.module(x), made.module(x))

@@ -48,7 +48,7 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
 
 def run_methods(args: argparse.Namespace) -> int:
     """List all methods, or show one."""
-    from trimpoint.method import all_methods
+    from trimpoint.registry import all_methods
     from trimpoint.report import method_page as page
 
     known = all_methods()
@@ -92,8 +92,8 @@ def read_plan(recipe: list[str]) -> "Plan":
         PlanError: if it is no recipe, or the methods stand in the wrong order.
         UnknownNameError: if there is no such method.
     """
-    from trimpoint.method import make_method
     from trimpoint.plan import Plan
+    from trimpoint.registry import make_method
 
     if len(recipe) == 1 and recipe[0].endswith(".toml"):
         try:

@@ -1,11 +1,13 @@
 """The structure of PyTorch models: traced, read as coupled groups and blocks, edited in place, rebuilt elsewhere."""
 
 from trimpoint.graph.blocks import find_blocks
-from trimpoint.graph.edits import MaskEdit
+from trimpoint.graph.edits import GridEdit, MaskEdit
+from trimpoint.graph.grids import OnGrid, grids_of, put_on_grid_
 from trimpoint.graph.groups import coupled_groups
+from trimpoint.graph.held import bake_, baked
 from trimpoint.graph.hidden_heads import find_groups
 from trimpoint.graph.layers import LowRank
-from trimpoint.graph.masks import Mask, ScheduledMask, bake_masks_, baked, mask_, masks_of, why_not_maskable
+from trimpoint.graph.masks import Mask, ScheduledMask, mask_, masks_of, why_not_maskable
 from trimpoint.graph.pruned_attention import PrunedAttention, pruned_attention, why_unprunable
 from trimpoint.graph.rebuild import rebuild, save_structure
 from trimpoint.graph.surgery import (
@@ -29,16 +31,18 @@ __all__ = [
     "Bypass",
     "BypassEdit",
     "Edit",
+    "GridEdit",
     "LowRank",
     "Mask",
     "MaskEdit",
+    "OnGrid",
     "PrunedAttention",
     "ReplaceEdit",
     "ResizeEdit",
     "ScheduledMask",
     "Trace",
     "apply_edits_",
-    "bake_masks_",
+    "bake_",
     "baked",
     "bypass_",
     "coupled_groups",
@@ -46,9 +50,11 @@ __all__ = [
     "edits_to_data",
     "find_blocks",
     "find_groups",
+    "grids_of",
     "mask_",
     "masks_of",
     "pruned_attention",
+    "put_on_grid_",
     "rebuild",
     "remove_units_",
     "replace_",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from trimpoint.errors import SurgeryError
-from trimpoint.graph.edits import returned_structure, tensors_in
+from trimpoint.graph.bypass import returned_structure, tensors_in
 from trimpoint.graph.operators import name_of
 from trimpoint.graph.trace import trace
 from trimpoint.losses import call, explained

@@ -4,7 +4,6 @@
 part of the module's state. Before lowering it is baked in: the file has plain weights with zeros among them.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from trimpoint.errors import SurgeryError
+from trimpoint.graph.held import Held, chain_of
 from trimpoint.parts import MaskSchedule
 from trimpoint.sparsity.ranking import cubic, least, least_of_each
 
@@ -23,11 +23,11 @@ UPDATES = 100
 RATE, DECAY = 4.0, 0.999
 """By how many times the layer's root mean square all steps of one direction move a score, and the memory of squares."""
 
-MASKED = "a mask holds weights of `{}` at zero (`trimpoint.bake_masks` makes plain weights of them)"
+MASKED = "a mask holds weights of `{}` at zero (`trimpoint.bake` makes plain weights of them)"
 """Why what needs plain weights leaves a module alone, by the module's path."""
 
 
-class Mask(nn.Module):
+class Mask(Held):
     """Hold the weights that are not kept at zero.
 
     Attributes:
@@ -216,7 +216,7 @@ def mask_(
     if reason := why_not_maskable(module, parameter):
         raise SurgeryError(f"A {type(module).__name__} cannot hold weights at zero: {reason}.")
     old = masks_of(module).get(parameter)
-    weight = cast(Tensor, module._parameters[parameter] if old is None else _chain(module, parameter).original)
+    weight = cast(Tensor, module._parameters[parameter] if old is None else chain_of(module, parameter).original)
     if keep is None:
         keep = torch.ones_like(weight, dtype=torch.bool) if old is None else old.keep
     if keep.shape != weight.shape or keep.dtype != torch.bool:
@@ -240,38 +240,16 @@ def put_mask_(module: nn.Module, parameter: str, mask: Mask) -> None:
         mask: of its shape.
     """
     masked = parameter in masks_of(module)
-    weight = cast(Tensor, _chain(module, parameter).original if masked else module._parameters[parameter])
+    weight = cast(Tensor, chain_of(module, parameter).original if masked else module._parameters[parameter])
     mask.eval()
     if not isinstance(mask, ScheduledMask):
         weight.data.masked_fill_(~mask.keep, 0.0)
     if masked:
-        _chain(module, parameter)[0] = mask
+        chain_of(module, parameter)[0] = mask
     else:
         with torch.no_grad():  # it is called once to be checked, which is no training step
             parametrize.register_parametrization(module, parameter, mask)
     cast(nn.Module, module.parametrizations).train(module.training)
-
-
-def _chain(module: nn.Module, parameter: str) -> Any:
-    return cast(nn.ModuleDict, module.parametrizations)[parameter]
-
-
-@torch.no_grad()
-def bake_masks_(module: nn.Module) -> None:
-    """Make plain parameters of all masked weights, in place, as they are in evaluation mode."""
-    for part in module.modules():
-        masks = masks_of(part)
-        if not masks:
-            continue
-        plain: dict[str, nn.Parameter | None] = {}
-        for name, mask in masks.items():
-            original = cast(nn.Parameter, _chain(part, name).original)
-            original.data = mask.eval()(original.data)
-            plain[name] = original
-        # Copies of a parametrised module share its class, so that is left alone and not used any more.
-        part.__class__ = parametrize.type_before_parametrizations(part)
-        del part._modules["parametrizations"]
-        part._parameters = {**plain, **part._parameters}
 
 
 @torch.no_grad()
@@ -280,32 +258,8 @@ def end_schedules_(module: nn.Module) -> None:
     for part in module.modules():
         for name, mask in masks_of(part).items():
             if isinstance(mask, ScheduledMask):
-                chain = _chain(part, name)
+                chain = chain_of(part, name)
                 chain[0] = Mask(mask.eval().final(chain.original)).train(part.training)
-
-
-def baked(module: nn.Module) -> nn.Module:
-    """Return a copy of a module in which masks have become plain weights with zeros among them.
-
-    Its classes, the names in its `state_dict` and what it computes in evaluation mode are those of a module that was
-    never masked, so it can be saved, copied and handed on without trimpoint. The zeros do not survive more training.
-
-    Args:
-        module: any; it stays as it is, and is itself returned where it has no masks.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> mask_(layer, "weight", torch.eye(2, dtype=torch.bool))
-        >>> list(layer.state_dict())
-        ['bias', 'parametrizations.weight.original', 'parametrizations.weight.0.keep']
-        >>> list(baked(layer).state_dict())
-        ['weight', 'bias']
-    """
-    if not any(masks_of(part) for part in module.modules()):
-        return module
-    copied = copy.deepcopy(module)
-    bake_masks_(copied)
-    return copied
 
 
 def schedule_to_data(schedule: MaskSchedule | None) -> dict[str, Any] | None:

@@ -124,7 +124,7 @@ def _carry_masks_(old: nn.Module, layer: nn.Module) -> None:
                 f"A mask holds {mask.removed:,} of the {mask.keep.numel():,} numbers of its {inner} at zero, and does "
                 f"not fit a {_name(layer)} of other parts or sizes",
                 "mask weights after the structure has been changed, or make plain weights of them first: "
-                "`trimpoint.bake_masks`",
+                "`trimpoint.bake`",
             )
     for (path, name), mask in wanted.items():
         if (path, name) not in own:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trimpoint.graph.edits import tensors_in
+from trimpoint.graph.bypass import tensors_in
 from trimpoint.losses import call
 from trimpoint.signature import flatten, leaf_names, structure_of, unflatten
 

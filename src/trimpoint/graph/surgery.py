@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from trimpoint.errors import SurgeryError, UnknownNameError, suggest
 from trimpoint.graph.alike import check_alike, together
+from trimpoint.graph.bypass import Bypass, returned_structure
 from trimpoint.graph.edits import (
     AttributeEdit,
-    Bypass,
     BypassEdit,
     Edit,
     ReplaceEdit,
@@ -20,7 +20,6 @@ from trimpoint.graph.edits import (
     edits_to_data,
     is_size,
     replace_everywhere_,
-    returned_structure,
 )
 from trimpoint.graph.head_sizes import head_sizes, says_heads
 from trimpoint.graph.replacement import replace_

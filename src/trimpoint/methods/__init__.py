@@ -1,1 +1,1 @@
-"""Compression and recovery techniques: one file each, found by `trimpoint.method.all_methods`."""
+"""Compression and recovery techniques: one file each, found by `trimpoint.registry.all_methods`."""

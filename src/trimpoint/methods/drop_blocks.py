@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.graph import Bypass, bypass_
-from trimpoint.graph.edits import tensors_in
+from trimpoint.graph.bypass import tensors_in
 from trimpoint.importance.scoring import finite
 from trimpoint.losses import for_loss_
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param

@@ -227,7 +227,7 @@ def _value(value: Any) -> str:
 
 def known_methods() -> dict[str, type]:
     """Return the methods that are installed here, or none where the full installation is missing."""
-    from trimpoint.method import all_methods
+    from trimpoint.registry import all_methods
 
     try:
         return dict(all_methods())

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trimpoint.errors import DataError
+from trimpoint.quantization.grid import Grid
 from trimpoint.signature import Signature, check_inputs, flatten, unflatten
 from trimpoint.values import Format
 
 Formats = Mapping[str, Mapping[str, Format]]
 """Module path → tensor (`"weight"`, `"input"`, `"output"`) → number format."""
-Ranges = Mapping[str, Mapping[str, tuple[float, float]]]
-"""Module path → tensor → (minimum, maximum), where a method learned them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +24,14 @@ class Exported:
         signature: its inputs and outputs.
         scopes: ONNX node name → path of the module that it came from.
         notes: what is not as it was asked for, such as a dimension that had to stay fixed, each with its reason.
+        grids: path of a module → the integers that its weight consists of, where a method chose them.
     """
 
     onnx: bytes
     signature: Signature
     scopes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,6 @@ class Runtime(ABC):
         directory: Path,
         *,
         formats: Formats | None = None,
-        ranges: Ranges | None = None,
         calibration: Sequence[Any] = (),
     ) -> Lowered:
         """Write the runtime's files into `directory`.
@@ -157,7 +157,6 @@ class Runtime(ABC):
             exported: what to lower.
             directory: exists and is empty.
             formats: number formats to realise with the runtime's own quantiser; none is float32 throughout.
-            ranges: learned ranges that go before calibrated ones.
             calibration: batches of inputs, as NumPy arrays in the module's structure; needed for static formats.
 
         Raises:

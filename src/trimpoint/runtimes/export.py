@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from trimpoint.data import as_tensors
 from trimpoint.errors import ExportError, ModelError
-from trimpoint.graph import bake_masks_
+from trimpoint.graph import bake_, grids_of
 from trimpoint.losses import explained
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import export_errors, onnx_graph
@@ -96,7 +96,13 @@ def export(
         input_structure=structure_of(inputs),
         output_structure=structure_of(outputs),
     )
-    return Exported(onnx=onnx_graph.serialize(model), signature=signature, scopes=scopes, notes=(*notes, *dropped))
+    return Exported(
+        onnx=onnx_graph.serialize(model),
+        signature=signature,
+        scopes=scopes,
+        notes=(*notes, *dropped),
+        grids=grids_of(module),
+    )
 
 
 def _owners(module: nn.Module) -> tuple[dict[str, str], set[str]]:
@@ -107,7 +113,7 @@ def _owners(module: nn.Module) -> tuple[dict[str, str], set[str]]:
 
 def _copied(module: nn.Module) -> nn.Module:
     result = copy.deepcopy(module).eval().cpu()
-    bake_masks_(result)
+    bake_(result)
     for parameter in result.parameters():
         parameter.requires_grad_(False)
     return result

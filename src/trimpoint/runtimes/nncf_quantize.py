@@ -9,7 +9,7 @@ from typing import Any
 
 from trimpoint.errors import DataError, LoweringError
 from trimpoint.quiet import quiet
-from trimpoint.runtimes.base import Exported, Formats, Ranges, calibration_feeds
+from trimpoint.runtimes.base import Exported, Formats, calibration_feeds
 from trimpoint.signature import Signature
 from trimpoint.values import Format
 
@@ -19,7 +19,7 @@ _RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence", "LSTMCell", "GRUCell
 
 
 def quantize(
-    model: Any, exported: Exported, formats: Formats, ranges: Ranges, calibration: Sequence[Any]
+    model: Any, exported: Exported, formats: Formats, calibration: Sequence[Any]
 ) -> tuple[Any, tuple[str, ...]]:
     """Return the model quantised where there are formats, and `path: reason` for those that cannot be realised.
 
@@ -47,9 +47,9 @@ def quantize(
             unmapped.append(f"{path}: {reason}")
         else:
             chosen[path] = tensors
-    unmapped += [f"{path}: NNCF takes no learned ranges, they are calibrated" for path in ranges if path in chosen]
     if not chosen:
         return model, tuple(unmapped)
+    unmapped += [f"{path}: NNCF takes no integers, it rounds anew" for path in chosen if path in exported.grids]
     unmapped += [
         f"{path}: NNCF has no range by {tensors['input'].observer}, it takes its own"
         for path, tensors in chosen.items()

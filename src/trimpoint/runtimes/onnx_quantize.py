@@ -13,21 +13,24 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from trimpoint.errors import DataError, LoweringError
+from trimpoint.quantization.grid import Grid
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import onnx_graph
-from trimpoint.runtimes.base import Formats, Ranges
+from trimpoint.runtimes.base import Exported, Formats
 from trimpoint.runtimes.observe import float_tensors, observe
 from trimpoint.values import Format
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gather", "Gemm", "MatMul")
 """Operators with a weight that int8 can hold: those with fast kernels, and embeddings, which only get smaller."""
+_EXACT = 1e-5
+"""Share of a weight by which it may lie beside its grid, by rounding in float32."""
 GLUE = (
     "Add",
     "AveragePool",
@@ -108,17 +111,19 @@ def preprocess(model: ModelProto) -> ModelProto:
     raise LoweringError("ONNX Runtime cannot prepare the model for int8.")
 
 
-def select(model: ModelProto, scopes: Mapping[str, str], formats: Formats, ranges: Ranges) -> Selection:
+def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection:
     """Choose the nodes that realise `formats`, and the settings of their tensors."""
-    result = Selection()
-    weights = {tensor.name for tensor in model.graph.initializer}
+    result, scopes = Selection(), exported.scopes
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = set(stored)
     nodes = {
         path: [n for n in model.graph.node if scopes.get(n.name) == path and n.op_type in WEIGHTED] for path in formats
     }
     chosen: dict[str, Mapping[str, Format]] = {}
     for path, tensors in formats.items():
         embedding = [node.op_type for node in nodes[path] if _weight(node, weights)] == ["Gather"]
-        reason = _refusal(tensors, embedding) or _missing(model, scopes, path, nodes[path], weights)
+        reason = _refusal(tensors, embedding, path in exported.grids)
+        reason = reason or _missing(model, scopes, path, nodes[path], weights)
         if reason:
             result.unmapped.append(f"{path}: {reason}")
         else:
@@ -128,10 +133,9 @@ def select(model: ModelProto, scopes: Mapping[str, str], formats: Formats, range
     _settings(result, [tensors for tensors in chosen.values() if "input" in tensors])
     for path, node in taken:
         if node.op_type != "Gather":
-            _overrides(result, path, node, chosen[path], ranges.get(path, {}))
-    for path, learned in ranges.items():
-        if path in chosen and "output" in learned:
-            result.unmapped.append(f"{path}: the learned range of its output is not used, later operators are fused in")
+            _overrides(result, path, node, chosen[path])
+            if path in exported.grids:
+                _fix(result, path, node, exported.grids[path], stored[node.input[1]])
     result.nodes += _glue(model, set(result.nodes), weights)
     return result
 
@@ -150,16 +154,8 @@ def quantize(model: ModelProto, selection: Selection, feeds: Iterator[dict[str, 
     """
     wanted = _activations(model, selection)
     ranges = observe(model, wanted, feeds)
-    learned = {name: settings[0] for name, settings in selection.overrides.items() if "rmin" in settings[0]}
     extremes = {
-        name: TensorData(lowest=np.float32(low), highest=np.float32(high))
-        for name, (low, high) in ranges.items()
-        if name not in learned
-    }
-    extremes |= {
-        name: TensorData(lowest=settings["rmin"], highest=settings["rmax"])
-        for name, settings in learned.items()
-        if name in wanted
+        name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
     }
     given = ModelProto()
     given.CopyFrom(model)
@@ -260,10 +256,10 @@ def _keep_products(model: ModelProto, chosen: set[str]) -> None:
     model.graph.node.extend(kept)
 
 
-def _refusal(tensors: Mapping[str, Format], embedding: bool) -> str:
+def _refusal(tensors: Mapping[str, Format], embedding: bool, on_grid: bool) -> str:
     """Return why ONNX Runtime cannot realise these formats, or nothing."""
     for tensor, wanted in tensors.items():
-        if wanted.dtype not in ("int8", "uint8"):
+        if wanted.dtype not in ("int8", "uint8") and not (on_grid and tensor == "weight" and wanted.bits < 8):
             return f"static quantisation of ONNX Runtime has no {wanted.dtype} for its {tensor}"
         if wanted.granularity == "group" or (tensor != "weight" and wanted.granularity != "tensor"):
             return f"static quantisation of ONNX Runtime has no scale per {wanted.granularity} for its {tensor}"
@@ -299,35 +295,51 @@ def _settings(selection: Selection, chosen: Sequence[Mapping[str, Format]]) -> N
         selection.symmetric = all(tensors["input"].symmetric for tensors in chosen)
 
 
-def _overrides(
-    selection: Selection,
-    path: str,
-    node: NodeProto,
-    tensors: Mapping[str, Format],
-    learned: Mapping[str, tuple[float, float]],
-) -> None:
+def _overrides(selection: Selection, path: str, node: NodeProto, tensors: Mapping[str, Format]) -> None:
     """Record where a node's tensors differ from the settings for all."""
     weight, source = node.input[1], node.input[0]
     setting: dict[str, Any] = {"quant_type": QuantType.QInt8, "symmetric": True}
     setting["reduce_range"] = tensors["weight"].reduce_range
     channel = tensors["weight"].granularity == "channel"
-    if "weight" in learned and channel:
-        selection.unmapped.append(f"{path}: the learned range of its weight is for one scale, it has one per channel")
-    elif "weight" in learned:
-        setting["rmin"], setting["rmax"] = (np.float32(value) for value in learned["weight"])
-    plain = channel == selection.per_channel and setting["reduce_range"] == selection.reduce_range
-    if not plain or "rmin" in setting:
+    if channel != selection.per_channel or setting["reduce_range"] != selection.reduce_range:
         if channel:
-            setting["axis"] = 1 if node.op_type in ("ConvTranspose", "MatMul") or not _transposed(node) else 0
+            setting["axis"] = _axis(node)
         selection.overrides[weight] = [setting]
     selection.inputs.setdefault(source, tensors["input"])
-    wanted: dict[str, Any] = {}
     if tensors["input"].symmetric != selection.symmetric:
-        wanted["symmetric"] = tensors["input"].symmetric
-    if "input" in learned:
-        wanted["rmin"], wanted["rmax"] = (np.float32(value) for value in learned["input"])
-    if wanted and selection.overrides.setdefault(source, [wanted])[0] != wanted:
-        selection.unmapped.append(f"{path}: its input is also that of another module, whose settings are used")
+        wanted = {"symmetric": tensors["input"].symmetric}
+        if selection.overrides.setdefault(source, [wanted])[0] != wanted:
+            selection.unmapped.append(f"{path}: its input is also that of another module, whose settings are used")
+
+
+def _fix(selection: Selection, path: str, node: NodeProto, grid: Grid, stored: TensorProto) -> None:
+    """Give a weight the scales of its grid, so that the file holds just its integers.
+
+    On the way to the graph a weight may have been transposed, and each of its channels multiplied by a number, as
+    batch normalisation does when it is folded in: integers stay, scales are multiplied by it.
+    """
+    weight = numpy_helper.to_array(stored)
+    axis = _axis(node)
+    codes = grid.codes if weight.shape == grid.codes.shape and axis == grid.axis else np.swapaxes(grid.codes, 0, 1)
+    if codes.shape != weight.shape:
+        selection.unmapped.append(f"{path}: its weight has another shape in the graph, and is rounded anew")
+        return
+    rows = [np.moveaxis(each, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64) for each in (weight, codes)]
+    squares = (rows[1] ** 2).sum(1)
+    scale = np.divide((rows[0] * rows[1]).sum(1), squares, out=np.ones_like(squares), where=squares > 0)
+    if abs(rows[0] - scale[:, None] * rows[1]).max() > _EXACT * abs(rows[0]).max():
+        selection.unmapped.append(f"{path}: its weight is not on its grid in the graph, and is rounded anew")
+        return
+    scale = np.where(scale == 0.0, 1.0, abs(scale)).astype(np.float32)
+    zero = np.int8(0)
+    settings = [{"quant_type": QuantType.QInt8, "scale": value, "zero_point": zero} for value in scale]
+    settings[0]["axis"] = axis
+    selection.overrides[node.input[1]] = settings
+
+
+def _axis(node: NodeProto) -> int:
+    """Return the dimension of the output channels of a node's weight."""
+    return 1 if node.op_type in ("ConvTranspose", "MatMul") or not _transposed(node) else 0
 
 
 def _transposed(node: NodeProto) -> bool:

@@ -14,7 +14,6 @@ from trimpoint.runtimes.base import (
     Formats,
     Lowered,
     OperatorTime,
-    Ranges,
     Runtime,
     Session,
     calibration_feeds,
@@ -70,7 +69,6 @@ class OnnxRuntime(Runtime):
         directory: Path,
         *,
         formats: Formats | None = None,
-        ranges: Ranges | None = None,
         calibration: Sequence[Any] = (),
     ) -> Lowered:
         """Write `model.onnx`, float32 or with the formats realised in int8 (see `Runtime.lower`)."""
@@ -79,7 +77,7 @@ class OnnxRuntime(Runtime):
         model = onnx_graph.parse(exported.onnx)
         unmapped: tuple[str, ...] = ()
         if formats:
-            model, unmapped = _quantized(model, exported, formats, ranges or {}, calibration)
+            model, unmapped = _quantized(model, exported, formats, calibration)
         scopes = onnx_graph.compact(model, _scopes_of(model, exported.scopes))
         _write(directory / FILE, onnx_graph.serialize(model))
         return Lowered(
@@ -192,12 +190,12 @@ def _import() -> Any:
 
 
 def _quantized(
-    model: Any, exported: Exported, formats: Formats, ranges: Ranges, calibration: Sequence[Any]
+    model: Any, exported: Exported, formats: Formats, calibration: Sequence[Any]
 ) -> tuple[Any, tuple[str, ...]]:
     from trimpoint.runtimes import onnx_graph, onnx_quantize
 
     prepared = onnx_quantize.preprocess(model)
-    selection = onnx_quantize.select(prepared, exported.scopes, formats, ranges)
+    selection = onnx_quantize.select(prepared, exported, formats)
     if not selection.nodes:
         return model, tuple(selection.unmapped)
     separate = onnx_quantize.quantize(prepared, selection, calibration_feeds(exported.signature, calibration))

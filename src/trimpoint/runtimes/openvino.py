@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
 from trimpoint.quiet import quiet
-from trimpoint.runtimes.base import Exported, Formats, Lowered, OperatorTime, Ranges, Runtime, Session
+from trimpoint.runtimes.base import Exported, Formats, Lowered, OperatorTime, Runtime, Session
 from trimpoint.signature import Signature
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
@@ -58,7 +58,6 @@ class OpenVino(Runtime):
         directory: Path,
         *,
         formats: Formats | None = None,
-        ranges: Ranges | None = None,
         calibration: Sequence[Any] = (),
     ) -> Lowered:
         """Write `model.xml` and `model.bin`, float32 or with the formats realised in int8 (see `Runtime.lower`)."""
@@ -68,7 +67,7 @@ class OpenVino(Runtime):
             from trimpoint.runtimes import nncf_quantize
 
             _needs_nncf()
-            model, unmapped = nncf_quantize.quantize(model, exported, formats, ranges or {}, calibration)
+            model, unmapped = nncf_quantize.quantize(model, exported, formats, calibration)
         return self._save(model, exported, directory, unmapped)
 
     def lower_one_line_int8(self, exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:

@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 
 from trimpoint.data import as_numpy
-from trimpoint.method import Method, all_methods
+from trimpoint.method import Method
 from trimpoint.reference import load_reference
+from trimpoint.registry import all_methods
 from trimpoint.target import Target
 from trimpoint.task import ROLES, Task
 from trimpoint.values import to_data

@@ -10,9 +10,10 @@ from torch import nn
 
 from trimpoint.build import type_names
 from trimpoint.filters import EVERYTHING, Filter
-from trimpoint.method import Method, Stage, all_methods
+from trimpoint.method import Method, Stage
 from trimpoint.parts import Block, Group
 from trimpoint.plan import Step
+from trimpoint.registry import all_methods
 from trimpoint.runtimes.base import OperatorTime
 from trimpoint.task import Task
 

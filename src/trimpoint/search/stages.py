@@ -29,7 +29,6 @@ def save_stage(made: Compressed, directory: Path, seconds: float) -> None:
         "changes": made.changes,
         "edits": edits_to_data(made.edits),
         "formats": made.formats,
-        "ranges": made.ranges,
         "origins": made.origins,
         "facts": {path: fact.value for path, fact in made.facts.items()},
     }
@@ -57,9 +56,6 @@ def load_stage(directory: Path, model: nn.Module, plan: Plan) -> Compressed:
         edits=tuple(edits_from_data(data["edits"])),
         formats={
             path: {name: from_data(Format, f) for name, f in kinds.items()} for path, kinds in data["formats"].items()
-        },
-        ranges={
-            path: {n: (float(r[0]), float(r[1])) for n, r in kinds.items()} for path, kinds in data["ranges"].items()
         },
         origins=data["origins"],
         facts={path: Fact(value) for path, value in data["facts"].items()},

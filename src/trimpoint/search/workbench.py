@@ -16,6 +16,7 @@ from trimpoint.build import Build
 from trimpoint.compress import Compressed, compress
 from trimpoint.data import as_numpy
 from trimpoint.errors import StudyError
+from trimpoint.graph import grids_of
 from trimpoint.measure.environment import cpu_name
 from trimpoint.measure.inputs import capture, core_inputs
 from trimpoint.measure.latency import LatencyResult, measure_latency
@@ -225,10 +226,11 @@ class Workbench:
         return self._calibration
 
     def _exported(self, made: Compressed) -> Exported:
-        float_plan = Plan(
-            tuple(s for s in made.plan.steps if s.method.traits.stage is not Stage.QUANTIZE), made.plan.seed
-        )
-        key = self._key("export", float_plan.hash, f"{made.effort:.6f}")
+        """Return the export, shared by plans that differ in number formats only, unless weights were put on grids."""
+        grids, steps = grids_of(self.task.core_of(made.module)), made.plan.steps
+        if not grids:
+            steps = tuple(step for step in steps if step.method.traits.stage is not Stage.QUANTIZE)
+        key = self._key("export", Plan(steps, made.plan.seed).hash, f"{made.effort:.6f}")
 
         def write(directory: Path) -> None:
             exported = export(self.task.core_of(made.module), self.inputs.example, self.inputs.dims)
@@ -243,12 +245,12 @@ class Workbench:
             signature=from_data(Signature, rest["signature"]),
             scopes=rest["scopes"],
             notes=tuple(rest["notes"]),
+            grids=grids,
         )
 
     def _lowered(self, made: Compressed) -> ArtifactFiles:
         core = f"{self.task.core}." if self.task.core else ""
         formats = {p.removeprefix(core): f for p, f in made.formats.items() if p.startswith(core)}
-        ranges = {p.removeprefix(core): r for p, r in made.ranges.items() if p.startswith(core)}
         key = self._key("lowered", self.runtime.name, self.runtime.version(), made.plan.hash, f"{made.effort:.6f}")
         files = self._keep(
             key,
@@ -257,7 +259,6 @@ class Workbench:
                 self._exported(made),
                 directory,
                 formats=formats or None,
-                ranges=ranges or None,
                 calibration=self.calibration() if formats else (),
             ),
         )

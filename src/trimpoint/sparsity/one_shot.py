@@ -65,7 +65,7 @@ def sparsegpt(
     rows, columns = weight.shape
     left = weight.detach().double().clone()
     removed = torch.zeros(rows, columns, dtype=torch.bool, device=weight.device)
-    factor = _inverse_factor(products, damping)
+    factor = inverse_factor(products, damping)
     dead = products.diagonal() == 0
     quota = _quota(dead, count, rows)
     kept, of = pattern or (0, 1)
@@ -110,7 +110,7 @@ def _chosen(part: Tensor, factor: Tensor, held: Tensor | None, start: int, end: 
     return before | (least_of_each([scores], count, size) if size else least([scores], count))
 
 
-def _inverse_factor(products: Tensor, damping: float) -> Tensor:
+def inverse_factor(products: Tensor, damping: float) -> Tensor:
     """Return the upper Cholesky factor of the damped inverse; inputs that were always zero stand apart."""
     hessian = products.double().clone()
     mean = float(hessian.diagonal().mean())

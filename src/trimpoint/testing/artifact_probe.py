@@ -28,7 +28,6 @@ from trimpoint.values import Format
 RUNTIME = "onnxruntime"
 REPEATS, ROUNDS = 16, 25
 Formats = Mapping[str, Mapping[str, Format]]
-Ranges = Mapping[str, Mapping[str, tuple[float, float]]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,17 +65,16 @@ def probed_original(entry: ZooEntry) -> Probe:
 def probed(method: Method, entry: ZooEntry) -> Probe:
     """Return the exported model of a zoo entry after `method`."""
     result = applied(method, entry)
-    return probe(result.compressed.module, result.task, result.compressed.formats, result.compressed.ranges)
+    return probe(result.compressed.module, result.task, result.compressed.formats)
 
 
-def probe(model: nn.Module, task: Task, formats: Formats | None = None, ranges: Ranges | None = None) -> Probe:
+def probe(model: nn.Module, task: Task, formats: Formats | None = None) -> Probe:
     """Export the core of a model, lower it and open it, in a temporary directory.
 
     Args:
         model: in PyTorch.
         task: of the model.
         formats: assigned number formats, keyed by path in the model.
-        ranges: learned ranges, likewise.
 
     Raises:
         ExportError: if the model cannot be exported.
@@ -89,9 +87,7 @@ def probe(model: nn.Module, task: Task, formats: Formats | None = None, ranges: 
     exported = export(task.core_of(model), core_inputs(model, task, inputs_of(task)), task.dynamic_dims())
     directory = Path(tempfile.mkdtemp(prefix="trimpoint-"))
     try:
-        lowered = runtime.lower(
-            exported, directory, formats=_of_core(formats, task), ranges=_of_core(ranges, task), calibration=calibration
-        )
+        lowered = runtime.lower(exported, directory, formats=_of_core(formats, task), calibration=calibration)
         session = runtime.open(directory, lowered, threads=1)
     except TrimpointError:
         shutil.rmtree(directory, ignore_errors=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 from trimpoint.errors import InvalidParameterError
 from trimpoint.filters import parse
-from trimpoint.method import ALL_FACTS, Bounds, Fact, Method, Stage, all_methods
+from trimpoint.method import ALL_FACTS, Bounds, Fact, Method, Stage
 from trimpoint.plan import Plan, Step
+from trimpoint.registry import all_methods
 from trimpoint.target import METRICS
 from trimpoint.testing.failure import expect
 from trimpoint.testing.zoo import ZooEntry

@@ -1,8 +1,9 @@
 """Checks of how a method goes with all others: by declared stages and facts, never by name."""
 
 from trimpoint.errors import PlanError
-from trimpoint.method import Method, Stage, all_methods
+from trimpoint.method import Method, Stage
 from trimpoint.plan import Plan, Step
+from trimpoint.registry import all_methods
 from trimpoint.testing.applied import answers, apply_to
 from trimpoint.testing.checks_safety import expect_alike
 from trimpoint.testing.failure import expect

@@ -31,7 +31,7 @@ from trimpoint.recover import train
 from trimpoint.recover.batches import epoch_batches, mix
 from trimpoint.recover.distill import Distillation, DistillationLoss, Teacher
 from trimpoint.runtimes import get_runtime
-from trimpoint.runtimes.base import Lowered
+from trimpoint.runtimes.base import Exported, Lowered
 from trimpoint.runtimes.export import export
 from trimpoint.runtimes.verify import require_parity
 from trimpoint.search.delivery import LOWERED, read_lowered
@@ -46,6 +46,7 @@ UNMODIFIED = "unmodified"
 OTHER_SEEDS = (1, 2)
 FACTS, RECORDS, CLAIM = "facts.json", "records.npy", "compared.json"
 Make = Callable[[], nn.Module | Compressed]
+Lower = Callable[[Exported, Path, Sequence[Any]], Lowered]
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Comparison:
         Raises:
             StudyError: if a system of that name was made by another recipe.
         """
-        directory = self.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        directory = self._directory(name)
         recipe = make.hash if isinstance(make, Plan) else recipe
         if not (directory / FACTS).exists():
             directory.mkdir(parents=True, exist_ok=True)
@@ -155,19 +156,34 @@ class Comparison:
 
     def add_one_line_int8(self) -> None:
         """Add the runtime's own one-line int8 of the unmodified model."""
-        directory = self.out / "one-line-int8"
+        self.add_lowered("one-line int8", self.runtime.lower_one_line_int8)
+
+    def add_lowered(self, name: str, lower: Lower, recipe: str = "") -> None:
+        """Add what somebody else makes of the exported, unmodified model.
+
+        Args:
+            name: of the system.
+            lower: called with the export, an empty directory and the calibration batches.
+            recipe: all that `lower` depends on besides these.
+        """
+        directory = self._directory(name)
         if not (directory / FACTS).exists():
             directory.mkdir(parents=True, exist_ok=True)
             exported = export(self.task.core_of(self.model), self.inputs.example, self.inputs.dims)
-            self._keep(directory, self.runtime.lower_one_line_int8(exported, directory, self._calibration()), {})
-        self._read("one-line int8", directory)
+            facts = {"recipe": recipe, "commit": commit()}
+            self._keep(directory, lower(exported, directory, self.calibration()), facts)
+        self._read(name, directory, recipe)
+
+    def _directory(self, name: str) -> Path:
+        return self.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
     def _numbers(self, made: nn.Module | Compressed) -> dict[str, Any]:
         if not isinstance(made, Compressed) or not made.formats:
             return {}
-        return {"formats": made.formats, "calibration": self._calibration()}
+        return {"formats": made.formats, "calibration": self.calibration()}
 
-    def _calibration(self) -> list[Any]:
+    def calibration(self) -> list[Any]:
+        """Return the calibration batches, as runtimes take them."""
         batches = self.task.batches("calibrate", size=32, limit=512)
         return [as_numpy(capture(self.model, self.task, inputs)) for inputs, _ in batches]
 

@@ -120,8 +120,8 @@ def test_weights_are_put_on_grids(images, rounding):
         assert compressed.formats[name]["weight"].dtype == "int4"
     told = {change.origin: change for change in compressed.changes}
     assert told["conv"].after == "weight on 15 levels, weight int4 per channel, input uint8 per tensor"
-    assert told["conv"].reason == f"least error of its output on 1,152 positions, {rounding}"
-    assert told["up"].reason == "least error of its weight, nearest"
+    assert told["conv"].reason == f"scale by output-error, {rounding}, on 1,152 positions"
+    assert told["up"].reason == "scale by weight-error, nearest"
     again = compress(model, compressed.plan, images)
     assert all(
         torch.equal(one, other)
@@ -140,6 +140,25 @@ def test_what_looks_at_the_inputs_is_nearer_to_the_model(images):
             errors[rounding] = float((made.conv(inputs) - model.conv(inputs)).square().sum())
     assert errors["gptq"] < errors["nearest"]
     assert errors["adaround"] < errors["nearest"]
+
+
+def test_scales_of_weights(images):
+    torch.manual_seed(0)
+    model = Convolutional().eval()
+    inputs = torch.stack([images.calibrate[i][0] for i in range(32)])
+    grids, errors = {}, {}
+    for weights in ("largest", "weight-error", "output-error"):
+        made = compress(model, Plan().then(QuantizeStatic(bits=3, weights=weights)), images).module
+        grids[weights] = grids_of(made)["conv"].scale
+        with torch.no_grad():
+            errors[weights] = (
+                float((made.conv.weight - model.conv.weight).square().sum()),
+                float((made.conv(inputs) - model.conv(inputs)).square().sum()),
+            )
+    largest = model.conv.weight.detach().abs().flatten(1).amax(1) / 3
+    torch.testing.assert_close(torch.from_numpy(grids["largest"]).float(), largest)
+    assert errors["weight-error"][0] == min(error[0] for error in errors.values())
+    assert errors["output-error"][1] == min(error[1] for error in errors.values())
 
 
 def test_training_goes_on_upon_the_grid():
@@ -174,7 +193,7 @@ def test_shared_weights_are_left_to_the_runtime(task):
     )
 
 
-@pytest.mark.parametrize("params", [{"bits": 4}, {"rounding": "gptq"}])
+@pytest.mark.parametrize("params", [{"bits": 4}, {"rounding": "gptq"}, {"weights": "weight-error"}])
 def test_chosen_integers_need_a_scale_per_channel(params):
     with pytest.raises(InvalidParameterError, match="must be 'channel'"):
         QuantizeStatic(granularity="tensor", **params)

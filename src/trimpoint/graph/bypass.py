@@ -33,6 +33,7 @@ class Bypass(nn.Module):
         replaced: the block; its plain attributes stay readable, since some parents ask their children for them.
 
     Example:
+        >>> import torch
         >>> Bypass({"tuple": ["first", None]})(torch.ones(1))
         (tensor([1.]), None)
     """

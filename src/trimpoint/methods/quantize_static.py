@@ -45,6 +45,12 @@ class QuantizeStatic(Method):
     symmetric_activations: bool = param(False, doc="int8 activations with zero point 0 instead of uint8 with any")
     reduce_range: bool = param(True, doc="7-bit weights, exact on CPUs without VNNI as well", search=(True, False))
     bits: int = param(8, doc="of a weight; fewer than 8 save no time and, in the file as it is, no bytes", bounds=_BITS)
+    weights: str = param(
+        "auto",
+        doc="scale of an output channel's weights: by the largest, or by the least error of the weights or of what the "
+        "layer computes; `auto` is the largest where 8 bits are rounded to nearest, else what it computes",
+        choices=("auto", "largest", "weight-error", "output-error"),
+    )
     rounding: str = param(
         "nearest",
         doc="of weights: to the nearest number, or by what the layer multiplies them with",
@@ -80,7 +86,7 @@ class QuantizeStatic(Method):
     @property
     def _chosen(self) -> bool:
         """Whether the integers of the weights are chosen here; the runtime rounds 8 bits to nearest by itself."""
-        return self.bits < 8 or self.rounding != "nearest"
+        return self.bits < 8 or self.rounding != "nearest" or self.weights not in ("auto", "largest")
 
     def apply(self, ctx: Context) -> None:
         """Assign formats to weight and input of every module in scope, and choose integers where that is asked for."""
@@ -91,7 +97,8 @@ class QuantizeStatic(Method):
                     ctx.skip(site.path, "it shares a weight with another module")
             sites = [site for site in sites if not site.tied]
             bits = 7 if self.bits == 8 and self.reduce_range else self.bits
-            round_weights(ctx, [site.path for site in sites], bits, self.rounding)
+            scale = "output-error" if self.weights == "auto" else self.weights
+            round_weights(ctx, [site.path for site in sites], bits, self.rounding, scale)
         granularity = cast(Literal["channel", "tensor"], self.granularity)
         weight = Format(
             dtype=f"int{self.bits}",

@@ -7,64 +7,68 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.method import Context
-from trimpoint.quantization.rounding import adaround, best_scale, error_of, gptq, nearest
+from trimpoint.quantization.rounding import adaround, best_scale, error_of, gptq, nearest, widest_scale
 from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, groups_of, own_forward
 
 RULES: dict[str, Callable[[Tensor, Tensor, int, Tensor], Tensor]] = {"gptq": gptq, "adaround": adaround}
 
 
 @torch.no_grad()
-def round_weights(ctx: Context, paths: Sequence[str], bits: int, rounding: str) -> None:
+def round_weights(ctx: Context, paths: Sequence[str], bits: int, rounding: str, scale: str) -> None:
     """Put weights on grids of `bits` bits, a scale for each output channel; what cannot be is skipped.
 
-    Scales are those of the least error of the layer's output on the calibration data; a layer of which it cannot be
-    told what it multiplies with gets those of the least error of its weight, and is rounded to nearest; so is each
-    output for which that is better than `rounding`, as it can be with few inputs.
+    A layer of which it cannot be told what it multiplies with has scales of the least error of its weight instead of
+    its output, and is rounded to nearest; so is each output for which that is better than `rounding`, as it can be with
+    few inputs.
 
     Args:
         ctx: of the step.
         paths: of linear layers and convolutions, also transposed ones.
         bits: of a code, 2 to 8.
         rounding: `"nearest"`, or one of `RULES`.
+        scale: `"largest"`: the largest weight has the greatest code; `"weight-error"`, `"output-error"`: that of the
+            least error of the weight, or of what the layer computes on the calibration data.
 
     Raises:
         DataError: if the task has no calibration data.
     """
     modules = {path: ctx.get(path) for path in paths}
     plain = {path: module for path, module in modules.items() if not own_forward(module)}
-    seen = gather(ctx, plain, products=True)
+    needed = plain if rounding in RULES or scale == "output-error" else {}
+    seen = gather(ctx, needed, products=True) if needed else {}
     for done, (path, module) in enumerate(modules.items()):
         ctx.report(f"choosing integers of {path}", done / len(modules))
         weight, axis = cast(Tensor, module.weight).detach(), 0
-        if path in plain and seen[path].positions:
-            values, scale = _by_inputs(module, weight, seen[path], bits, rounding)
-            reason = f"least error of its output on {seen[path].positions:,} positions, {rounding}"
+        if path in seen and seen[path].positions:
+            values, sizes = _by_inputs(module, weight, seen[path], bits, rounding, scale)
+            reason = f"scale by {scale}, {rounding}, on {seen[path].positions:,} positions"
         else:
             axis = 1 if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) else 0
             rows = weight.movedim(axis, 0)
-            scale = best_scale(rows.flatten(1), top := _top(bits))
-            rounded = nearest(rows.flatten(1), scale, top).reshape(rows.shape).movedim(0, axis)
-            values, reason = rounded.to(weight.dtype), "least error of its weight, nearest"
-        ctx.put_on_grid(path, scale, bits, axis=axis, values=values, reason=reason)
+            sizes = (widest_scale if scale == "largest" else best_scale)(rows.flatten(1), top := _top(bits))
+            rounded = nearest(rows.flatten(1), sizes, top).reshape(rows.shape).movedim(0, axis)
+            values = rounded.to(weight.dtype)
+            reason = f"scale by {'largest' if scale == 'largest' else 'weight-error'}, nearest"
+        ctx.put_on_grid(path, sizes, bits, axis=axis, values=values, reason=reason)
 
 
 def _by_inputs(
-    module: nn.Module, weight: Tensor, seen: InputStatistics, bits: int, rounding: str
+    module: nn.Module, weight: Tensor, seen: InputStatistics, bits: int, rounding: str, scale: str
 ) -> tuple[Tensor, Tensor]:
     """Return the weight on its grid and the scale of each output channel."""
     matrix, groups, top = as_matrix(weight).double(), groups_of(module), _top(bits)
     totals = cast(Tensor, seen.total) / seen.positions
-    values, scales = [], []
+    values, scales, by_output = [], [], scale == "output-error"
     for rows, products in zip(matrix.chunk(groups), totals, strict=True):
-        scale = best_scale(rows, top, products)
-        rounded = nearest(rows, scale, top)
+        size = widest_scale(rows, top) if scale == "largest" else best_scale(rows, top, products if by_output else None)
+        rounded = nearest(rows, size, top)
         if rounding in RULES:
             with torch.enable_grad():
-                found = RULES[rounding](rows, scale, top, products)
+                found = RULES[rounding](rows, size, top, products)
             better = error_of(found - rows, products) < error_of(rounded - rows, products)
             rounded = torch.where(better[:, None], found, rounded)
         values.append(rounded)
-        scales.append(scale)
+        scales.append(size)
     return from_matrix(torch.cat(values), weight.shape).to(weight.dtype), torch.cat(scales)
 
 

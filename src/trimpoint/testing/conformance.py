@@ -116,7 +116,7 @@ def all_checks(method: Method) -> list[Check]:
 
     Example:
         >>> from trimpoint.testing import all_checks, zoo
-        >>> from trimpoint.method import all_methods
+        >>> from trimpoint.registry import all_methods
         >>> checks = all_checks(all_methods()["drop-blocks"]())
         >>> len(checks) > 18
         True

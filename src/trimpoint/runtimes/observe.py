@@ -52,7 +52,7 @@ def observe(model: ModelProto, wanted: Mapping[str, Format], feeds: Iterable[Fee
     outputs = [output.name for output in session.get_outputs()]
     pieces = 0
     for piece in _pieces(model, session, feeds):
-        found = dict(zip(outputs, session.run(outputs, piece), strict=True))
+        found = dict(zip(outputs, _run(session, outputs, piece), strict=True))
         pieces += 1
         for name in extremes:
             low, high = float(found[_extreme(name, "Min")]), float(found[_extreme(name, "Max")])
@@ -118,14 +118,18 @@ def _pieces(model: ModelProto, session: onnxruntime.InferenceSession, feeds: Ite
     taken = {entry.name for entry in session.get_inputs()}
     batch = next((names[0] for names in dims.values() if names), "")
     free = bool(batch) and all(names and names[0] == batch for names in dims.values())
-    size = 0
+    sizes: dict[tuple[tuple[int, ...], ...], int] = {}
     for feed in feeds:
         for same in _unpadded(feed, dims) if free else [feed]:
-            count = len(next(iter(same.values())))
-            size = size or (_samples_at_once(session, {k: v[:1] for k, v in same.items() if k in taken}) if free else 0)
-            for start in range(0, count, size) if free else (0,):
-                stop = start + size if free else count
-                yield {name: array[start:stop] for name, array in same.items() if name in taken}
+            read = {name: array for name, array in same.items() if name in taken}
+            if not free:
+                yield read
+                continue
+            shape = tuple(array.shape[1:] for array in read.values())
+            if shape not in sizes:
+                sizes[shape] = _samples_at_once(session, {name: array[:1] for name, array in read.items()})
+            for start in range(0, len(next(iter(read.values()))), sizes[shape]):
+                yield {name: array[start : start + sizes[shape]] for name, array in read.items()}
 
 
 def _unpadded(feed: Feed, dims: Mapping[str, list[str]]) -> Iterator[Feed]:
@@ -147,6 +151,14 @@ def _unpadded(feed: Feed, dims: Mapping[str, list[str]]) -> Iterator[Feed]:
         yield cut
 
 
+def _run(session: onnxruntime.InferenceSession, outputs: list[str], feed: Feed) -> list[np.ndarray]:
+    try:
+        return list(session.run(outputs, feed))
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+        raise LoweringError(f"ONNX Runtime cannot run the model on calibration data ({shapes}): {error}") from error
+
+
 def _samples_at_once(session: onnxruntime.InferenceSession, sample: Feed) -> int:
-    found = session.run(None, sample)
+    found = _run(session, [output.name for output in session.get_outputs()], sample)
     return max(1, MEMORY // max(1, sum(int(array.nbytes) for array in found)))

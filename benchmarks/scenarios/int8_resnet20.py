@@ -97,10 +97,18 @@ def run(resume_dir: Path) -> dict[str, Any]:
         "rows": rows,
         "goals": [
             goal(
-                "upper bound of the drop of int8", 100 * certificates[OURS].upper, 0.25, better="lower", unit="points"
+                "upper bound of the drop of int8",
+                100 * certificates[OURS].upper,
+                0.25,
+                None,
+                better="lower",
+                unit="points",
             ),
             goal(
-                "speed of int8 ÷ that of the fastest peer", timed[OURS].ratio / max(timed[p].ratio for p in peers), 1.0
+                "speed of int8 ÷ that of the fastest peer",
+                timed[OURS].ratio / max(timed[p].ratio for p in peers),
+                1.0,
+                None,
             ),
             goal(
                 "accuracy of int8 on select above that of the best peer",

@@ -188,6 +188,10 @@ def test_shared_weights_are_left_to_the_runtime(task):
 
     compressed = compress(Tied().eval(), Plan().then(QuantizeStatic(bits=4)), task)
     assert list(compressed.formats) == ["head"]
+    assert compressed.formats["head"]["weight"].reduce_range  # for a runtime that has to round anew
+    eight = compress(Tied().eval(), Plan().then(QuantizeStatic(rounding="gptq")), task)
+    assert sorted(eight.formats) == ["first", "head", "second"]
+    assert list(grids_of(eight.module)) == ["head"]
     assert {c.origin: c.reason for c in compressed.changes if c.kind == "skipped"} == dict.fromkeys(
         ("first", "second"), "it shares a weight with another module"
     )

@@ -138,6 +138,13 @@ def test_constants_get_a_range_that_holds_them_and_zero(rule, value):
     assert low <= value * 0.99 <= high or abs(value) < 1e-20
 
 
+@pytest.mark.parametrize("levels", [EIGHT, Levels(count=255, symmetric=True)])
+@pytest.mark.parametrize("values", [[0.0, 1.0], [-1.0, 1.0], [-1.0, 0.5, 1.0], [5.0]])
+def test_entropy_keeps_values_that_lie_at_the_ends(levels, values):
+    histogram = counted(np.random.default_rng(0).choice(np.float32(values), 10_000))
+    assert entropy(histogram, levels) == (min(0.0, *values, 0.0), max(values))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused(bad):
     with pytest.raises(DataError, match=r"2 of 10 values are not finite"):

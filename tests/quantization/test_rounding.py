@@ -98,6 +98,13 @@ def test_the_best_scale_is_the_best_of_those_tried():
             assert (found <= tried + 1e-9).all()
 
 
+def test_scales_of_denormal_weights_are_no_zero_in_float32():
+    weight, products = problem()
+    weight[2] *= 1e-44
+    for scale in (widest_scale(weight, TOP), best_scale(weight, TOP), best_scale(weight, TOP, products)):
+        assert (scale.float() > 0).all()
+
+
 @pytest.mark.parametrize("rule", [gptq, adaround])
 @pytest.mark.parametrize("top", [1, 7, 127])
 def test_rows_of_zeros_and_inputs_that_are_always_zero(rule, top):

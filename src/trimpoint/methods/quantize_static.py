@@ -94,19 +94,21 @@ class QuantizeStatic(Method):
         """Assign formats to weight and input of every module in scope, and choose integers where that is asked for."""
         sites = list(ctx.modules())
         if self._chosen:
-            for site in sites:
-                if site.tied:
-                    ctx.skip(site.path, "it shares a weight with another module")
-            sites = [site for site in sites if not site.tied]
+            chosen = [site.path for site in sites if not site.tied]
+            if self.bits < 8:
+                for site in sites:
+                    if site.tied:
+                        ctx.skip(site.path, "it shares a weight with another module")
+                sites = [site for site in sites if not site.tied]
             bits = 7 if self.bits == 8 and self.reduce_range else self.bits
             scale = "output-error" if self.weights == "auto" else self.weights
-            round_weights(ctx, [site.path for site in sites], bits, self.rounding, scale)
+            round_weights(ctx, chosen, bits, self.rounding, scale)
         granularity = cast(Literal["channel", "tensor"], self.granularity)
         weight = Format(
             dtype=f"int{self.bits}",
             granularity=granularity,
             symmetric=True,
-            reduce_range=self.reduce_range and self.bits == 8,
+            reduce_range=self.reduce_range,
         )
         symmetric = self.symmetric_activations
         activations = Format(

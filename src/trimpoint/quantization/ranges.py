@@ -86,8 +86,10 @@ def entropy(histogram: Histogram, levels: Levels) -> Range:
     top = max(-low, high)
     if top > 0.0:
         linear = _linear(inner, outer, np.where(outer == 0.0, 0.0, counts), top)
-        sizes = np.arange(wanted, BINS + 1, max(1, wanted // 16))
-        top *= sizes[int(np.argmin([_divergence(linear, int(size), wanted) for size in sizes]))] / BINS
+        sizes = np.array([*range(wanted, BINS, max(1, wanted // 16)), BINS])
+        divergences = [_divergence(linear, int(size), wanted) for size in sizes]
+        if np.isfinite(divergences).any():  # else all values are at the ends of the range
+            top *= sizes[int(np.argmin(divergences))] / BINS
     return max(low, -float(top)), min(high, float(top))
 
 

@@ -13,13 +13,17 @@ from trimpoint.sparsity.one_shot import inverse_factor
 
 _SHARES = torch.linspace(0.3, 1.0, 71, dtype=torch.float64)
 _BLOCK = 64
+_LEAST = 1e-30
 _PENALTY, _SWEEPS = 30.0, 20
 
 
 def widest_scale(weight: Tensor, top: int) -> Tensor:
-    """Return the scale at which the largest weight of each output has the greatest code; 1 where all are zero."""
+    """Return the scale at which the largest weight of each output has the greatest code; 1 where all are zero.
+
+    It is at least 10⁻³⁰, so that it is no zero in float32.
+    """
     largest = weight.detach().double().abs().amax(1)
-    return torch.where(largest > 0, largest / top, 1.0)
+    return torch.where(largest > 0, (largest / top).clamp_min(_LEAST), 1.0)
 
 
 def best_scale(weight: Tensor, top: int, products: Tensor | None = None) -> Tensor:

@@ -10,16 +10,28 @@ from trimpoint.method import Context
 _KEEP, _DROP = ("attention_mask",), ("key_padding_mask", "src_key_padding_mask")
 
 
-def kept_positions(inputs: Any) -> Tensor | None:
+def kept_positions(inputs: Any) -> Any:
     """Return which positions of a batch are no padding, `[batch, length]`; `None` where nothing tells.
 
     A mapping tells by `attention_mask` (1 where there is a token) or by `key_padding_mask` or `src_key_padding_mask`
     (1 where there is none), if that has two dimensions and no other values.
+
+    Args:
+        inputs: of the model; tensors or arrays.
+
+    Returns:
+        Booleans of the mask's kind, tensor or array.
     """
+    name = padding_mask(inputs)
+    return None if name is None else (inputs[name] != 0) if name in _KEEP else (inputs[name] == 0)
+
+
+def padding_mask(inputs: Any) -> str | None:
+    """Return the name of the input that tells which positions are padding, see `kept_positions`."""
     for name in (*_KEEP, *_DROP) if isinstance(inputs, Mapping) else ():
         mask = inputs.get(name)
-        if isinstance(mask, Tensor) and mask.ndim == 2 and bool(((mask == 0) | (mask == 1)).all()):
-            return (mask != 0) if name in _KEEP else (mask == 0)
+        if getattr(mask, "ndim", 0) == 2 and bool(((mask == 0) | (mask == 1)).all()):
+            return name
     return None
 
 

@@ -1,6 +1,7 @@
 """Weights held on a grid: what a module computes, how it trains, what is saved, and what is handed to a runtime."""
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from trimpoint.errors import ArtifactError, SurgeryError
 from trimpoint.graph import GridEdit, OnGrid, baked, grids_of, mask_, put_on_grid_, rebuild, save_structure
 from trimpoint.graph.edits import edits_from_data, edits_to_data
 from trimpoint.graph.grids import grid_to_data
+from trimpoint.parts import MaskSchedule
 
 
 def layer(bits=4):
@@ -62,6 +64,40 @@ def test_zeros_of_a_mask_stay_zero():
     assert (module.weight[~keep] == 0).all()
     assert (module.weight[keep] == 0.5).all()
     assert torch.equal(baked(module).weight, module.weight)
+
+
+def test_a_grid_behind_a_mask_on_a_schedule_leaves_it_what_may_come_back():
+    module = nn.Linear(6, 4)
+    before = module.weight.detach().clone()
+    mask_(module, "weight", schedule=MaskSchedule(removed=12, steps=10, curve="cubic"))
+    module.eval()
+    scale = torch.full((4,), 0.01)
+    values = (module.weight.detach() / 0.01).round() * 0.01
+    put_on_grid_(module, "weight", OnGrid(scale, 8), values)
+    behind = module.parametrizations.weight.original.detach()
+    gone = module.weight == 0
+    assert int(gone.sum()) >= 12
+    assert torch.equal(behind[gone], before[gone])
+    torch.testing.assert_close(behind[~gone], values[~gone])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_shorter_type_leaves_scales_and_codes_as_they_are(dtype):
+    module = layer(8)
+    module.weight = module.weight.detach()
+    codes, scale = grids_of(module)[""].codes, module.parametrizations.weight[0].scale.clone()
+    module.to(dtype)
+    assert torch.equal(module.parametrizations.weight[0].scale, scale)
+    assert module.weight.dtype == dtype
+    np.testing.assert_array_equal(grids_of(module)[""].codes, codes)
+
+
+def test_a_mask_put_on_after_a_grid_comes_before_it():
+    module = layer()
+    keep = torch.rand(3, 6) > 0.5
+    mask_(module, "weight", keep)
+    assert [type(step).__name__ for step in module.parametrizations.weight] == ["Mask", "OnGrid"]
+    assert (module.weight[~keep] == 0).all()
 
 
 def test_a_second_grid_takes_the_place_of_the_first():
@@ -124,3 +160,32 @@ def test_a_tampered_grid_is_refused(grid):
 def test_a_grid_that_does_not_fit_is_refused(parameter, grid):
     with pytest.raises(SurgeryError):
         put_on_grid_(nn.Linear(6, 3), parameter, grid)
+
+
+class Indexed(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 3)
+        self.ids = nn.Parameter(torch.arange(6), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("edit", "scale", "words"),
+    [
+        ({}, 0.0, "finite and positive"),
+        ({}, -0.1, "finite and positive"),
+        ({}, float("nan"), "finite and positive"),
+        ({"grid": {"bits": 4, "axis": 0, "scales": 2**31 - 1}}, 0.1, "Got 2147483647 for dimension 0"),
+        ({"parameter": "ids"}, 0.1, "floating-point"),
+        ({"parameter": "forward"}, 0.1, "is no parameter"),
+    ],
+)
+def test_a_grid_that_was_tampered_with_is_refused(tmp_path, edit, scale, words):
+    torch.manual_seed(0)
+    module = Indexed()
+    put_on_grid_(module, "weight", OnGrid(torch.tensor([0.1, scale, 0.1]), 4))
+    save_structure(tmp_path, module, [GridEdit("", "weight", grid_to_data(module.parametrizations.weight[0]))])
+    structure = json.loads((tmp_path / "structure.json").read_text())
+    structure["edits"][0].update(edit)
+    (tmp_path / "structure.json").write_text(json.dumps(structure))
+    with pytest.raises(ArtifactError, match=words):
+        rebuild(tmp_path, Indexed)

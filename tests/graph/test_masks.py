@@ -25,7 +25,7 @@ from trimpoint.graph import (
     rebuild,
     save_structure,
     trace,
-    why_not_maskable,
+    why_not_held,
 )
 from trimpoint.graph.masks import UPDATES, removed_at, schedule_to_data
 from trimpoint.parts import MaskSchedule
@@ -151,7 +151,7 @@ def test_what_cannot_be_masked_is_refused(module, keep, words):
 
 
 def test_why_not_is_empty_where_it_can():
-    assert why_not_maskable(layer(), "weight") == why_not_maskable(masked(), "weight") == ""
+    assert why_not_held(layer(), "weight") == why_not_held(masked(), "weight") == ""
 
 
 # Schedules

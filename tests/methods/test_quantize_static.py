@@ -13,6 +13,7 @@ from trimpoint.method import Fact
 from trimpoint.methods.finetune import Finetune
 from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.plan import Plan, Step
+from trimpoint.sparsity import inputs as inputs_of_layers
 from trimpoint.task import Task
 from trimpoint.values import Format
 
@@ -201,3 +202,45 @@ def test_shared_weights_are_left_to_the_runtime(task):
 def test_chosen_integers_need_a_scale_per_channel(params):
     with pytest.raises(InvalidParameterError, match="must be 'channel'"):
         QuantizeStatic(granularity="tensor", **params)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("params", [{"rounding": "gptq"}, {"bits": 4}, {"bits": 4, "rounding": "adaround"}])
+def test_calibration_data_that_is_not_finite_is_refused_by_the_name_of_the_layer(params, bad):
+    inputs = torch.randn(8, 4)
+    inputs[3, 2] = bad
+    task = Task(calibrate=TensorDataset(inputs, torch.zeros(8)))
+    with pytest.raises(DataError, match="not finite at the input of `0`"):
+        compress(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), Plan().then(QuantizeStatic(**params)), task)
+
+
+def test_what_has_no_integers_of_its_own_is_skipped_with_the_reason_or_left_to_the_runtime():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)),
+        nn.ConvTranspose2d(4, 6, 2, groups=2),
+        nn.Conv2d(6, 2, 1),
+    ).eval()
+    task = Task(calibrate=TensorDataset(torch.randn(8, 4, 5, 5), torch.zeros(8)))
+    four = compress(model, Plan().then(QuantizeStatic(bits=4)), task)
+    reasons = {change.origin: change.reason for change in four.changes if change.kind == "skipped"}
+    assert "parametrisation of its own" in reasons["0"]
+    assert "in groups" in reasons["1"]
+    assert list(grids_of(four.module)) == list(four.formats) == ["2"]
+    eight = compress(model, Plan().then(QuantizeStatic(rounding="gptq")), task)
+    assert sorted(eight.formats) == ["0", "1", "2"]
+    assert list(grids_of(eight.module)) == ["2"]
+
+
+def test_layers_are_seen_in_parts_where_their_products_do_not_fit(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).eval()
+    task = Task(calibrate=TensorDataset(torch.randn(32, 8), torch.zeros(32)))
+    plan = Plan().then(QuantizeStatic(bits=4, rounding="gptq"))
+    together = compress(model, plan, task)
+    monkeypatch.setattr(inputs_of_layers, "_MOST_PRODUCTS", 2 * 8 * 8)
+    apart = compress(model, plan, task)
+    grids = [grids_of(each.module) for each in (together, apart)]
+    assert list(grids[0]) == list(grids[1]) == ["0", "1", "2", "3"]
+    assert all((grids[0][path].codes == grids[1][path].codes).all() for path in ("0", "1"))
+    assert not (grids[0]["3"].codes == grids[1]["3"].codes).all()  # seen through rounded layers

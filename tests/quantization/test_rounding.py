@@ -56,6 +56,18 @@ def test_inputs_without_correlation_are_rounded_to_nearest(rule):
     torch.testing.assert_close(rule(weight, scale, TOP, products), nearest(weight, scale, TOP))
 
 
+@pytest.mark.parametrize("rule", [gptq, adaround])
+def test_zeros_that_are_held_stay_zero_and_the_others_make_up_for_it(rule):
+    weight, products = problem()
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    weight = weight * keep
+    scale = widest_scale(weight, TOP)
+    found = rule(weight, scale, TOP, products, keep)
+    assert bool((found[~keep] == 0).all())
+    assert on_grid(found, scale)
+    assert error(found - weight, products).sum() < 0.9 * error(nearest(weight, scale, TOP) - weight, products).sum()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_looking_at_the_inputs_lowers_the_error_of_the_layer(seed):
     weight, products = problem(seed=seed)

@@ -89,6 +89,59 @@ class Tokens(nn.Module):
         return (self.linear(self.embed(input_ids)) * kept).sum(1) / kept.sum(1)
 
 
+class Excluded(Tokens):
+    """The same, told by the other kind of mask, and beside an input that no sample has for itself."""
+
+    def forward(self, input_ids, key_padding_mask, shift):
+        return super().forward(input_ids, 1 - key_padding_mask.long()) + shift
+
+
+class Convolved(Tokens):
+    """A text of fewer than three tokens is too short for it without its padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 3)
+
+    def forward(self, input_ids, attention_mask):
+        return self.conv(self.linear(self.embed(input_ids)).transpose(1, 2)).amax(2) + attention_mask.sum()
+
+
+def test_both_kinds_of_masks_tell_padding_and_inputs_without_samples_are_read_whole(monkeypatch):
+    monkeypatch.setattr(observing, "MEMORY", 1)
+    torch.manual_seed(0)
+    module = Excluded().eval()
+    with torch.no_grad():
+        module.embed.weight[0] = 1000.0
+    ids, mask = torch.randint(1, 10, (6, 7)), torch.zeros(6, 7, dtype=torch.bool)
+    ids[2:, 3:], mask[2:, 3:] = 0, True
+    names = {0: "batch", 1: "length"}
+    inputs = {"input_ids": ids, "key_padding_mask": mask, "shift": torch.ones(4)}
+    exported = export(module, inputs, {"input_ids": names, "key_padding_mask": names})
+    assert max(abs(value) for value in input_range(exported, [inputs])) < 10.0
+
+
+def test_a_text_that_is_too_short_without_padding_is_seen_with_it():
+    torch.manual_seed(0)
+    module = Convolved().eval()
+    with torch.no_grad():
+        module.embed.weight[0] = 5.0
+    ids, mask = torch.tensor([[1, 2, 3, 4, 0], [5, 6, 0, 0, 0]]), torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+    names = {0: "batch", 1: "length"}
+    exported = export(module, {"input_ids": ids, "attention_mask": mask}, {"input_ids": names, "attention_mask": names})
+    long, both = ({"input_ids": ids[:n], "attention_mask": mask[:n]} for n in (1, 2))
+    assert input_range(exported, [long])[1] < 5.0
+    assert input_range(exported, [both])[1] == pytest.approx(5.0)
+
+
+def input_range(exported, batches, kind=RULES[0]):
+    """Return the range of what the linear layer reads."""
+    model = onnx_quantize.preprocess(onnx_graph.parse(exported.onnx))
+    product = next(node for node in model.graph.node if node.op_type in ("MatMul", "Gemm"))
+    arrays = [{key: value.numpy() for key, value in batch.items()} for batch in batches]
+    return observe(model, {product.input[0]: kind}, calibration_feeds(exported.signature, arrays))[product.input[0]]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", RULES[:2], ids=lambda kind: kind.observer)
 def test_padding_is_not_seen(side, kind):
@@ -103,10 +156,7 @@ def test_padding_is_not_seen(side, kind):
     names = {0: "batch", 1: "length"}
     inputs = {"input_ids": ids, "attention_mask": mask}
     exported = export(module, inputs, {"input_ids": names, "attention_mask": names})
-    model = onnx_quantize.preprocess(onnx_graph.parse(exported.onnx))
-    product = next(node for node in model.graph.node if node.op_type in ("MatMul", "Gemm"))
-    feeds = calibration_feeds(exported.signature, [{key: value.numpy() for key, value in inputs.items()}])
-    low, high = observe(model, {product.input[0]: kind}, feeds)[product.input[0]]
+    low, high = input_range(exported, [inputs], kind)
     seen = module.embed.weight.detach()[ids[mask == 1]]
     assert high == pytest.approx(float(seen.max()), rel=0.02)
     assert low == pytest.approx(float(seen.min()), rel=0.02)

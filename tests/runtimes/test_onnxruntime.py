@@ -194,3 +194,35 @@ def test_convolutions_with_groups_and_transposed_ones(tmp_path):
     lowered = RUNTIME.lower(exported, tmp_path, formats=formats, calibration=calibration)
     assert lowered.unmapped == ()
     assert check_parity(module, RUNTIME.open(tmp_path, lowered), [torch.randn(8, 4, 6, 6)]).sqnr_db > 20
+
+
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
+def test_transposed_convolutions_in_groups_have_one_scale(kind, tmp_path):
+    """ONNX Runtime has no scale per channel for the bias of several groups."""
+    torch.manual_seed(0)
+    size = (10,) if kind is nn.ConvTranspose1d else (10, 10)
+    module = nn.Sequential(kind(4, 6, 2, groups=2)).eval()
+    exported = export(module, torch.randn(2, 4, *size), {"input": {0: "batch"}})
+    formats = {"0": {"weight": networks.WEIGHT, "input": networks.INPUT}}
+    lowered = RUNTIME.lower(exported, tmp_path, formats=formats, calibration=[torch.randn(16, 4, *size).numpy()])
+    assert lowered.unmapped == ()
+    assert check_parity(module, RUNTIME.open(tmp_path, lowered), [torch.randn(8, 4, *size)]).sqnr_db > 20
+
+
+def test_two_formats_for_one_tensor_are_told(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    module = Two().eval()
+    exported = export(module, torch.randn(2, 8), {"input": {0: "batch"}})
+    formats = {
+        path: {"weight": networks.WEIGHT, "input": Format(dtype="uint8", symmetric=False, observer=observer)}
+        for path, observer in (("a", "minmax"), ("b", "percentile"))
+    }
+    lowered = RUNTIME.lower(exported, tmp_path, formats=formats, calibration=[torch.randn(16, 8).numpy()])
+    assert lowered.unmapped == ("b: its input is also that of another module, whose settings are used",)

@@ -81,7 +81,7 @@ class Masked(nn.Module):
 def test_padding_does_not_count():
     model, task = Masked(), Task(calibrate=Tokens(), batch_size=2)
     context = _Context(Build(module=model, given=model, task=task), Step(PruneWeights()), 0, 0)
-    (found,) = gather(context, {"layer": model.layer}, products=True).values()
+    ((_, found),) = gather(context, {"layer": model.layer}, products=True)
     real = torch.cat([x["x"][x["attention_mask"].bool()] for x, _ in (Tokens()[i] for i in range(5))]).double()
     assert found.positions == len(real)
     torch.testing.assert_close(found.total[0], real.T @ real)

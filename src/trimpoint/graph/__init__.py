@@ -4,10 +4,10 @@ from trimpoint.graph.blocks import find_blocks
 from trimpoint.graph.edits import GridEdit, MaskEdit
 from trimpoint.graph.grids import OnGrid, grids_of, put_on_grid_
 from trimpoint.graph.groups import coupled_groups
-from trimpoint.graph.held import bake_, baked
+from trimpoint.graph.held import bake_, baked, why_not_held
 from trimpoint.graph.hidden_heads import find_groups
 from trimpoint.graph.layers import LowRank
-from trimpoint.graph.masks import Mask, ScheduledMask, mask_, masks_of, why_not_maskable
+from trimpoint.graph.masks import Mask, ScheduledMask, kept_by, mask_, masks_of
 from trimpoint.graph.pruned_attention import PrunedAttention, pruned_attention, why_unprunable
 from trimpoint.graph.rebuild import rebuild, save_structure
 from trimpoint.graph.surgery import (
@@ -51,6 +51,7 @@ __all__ = [
     "find_blocks",
     "find_groups",
     "grids_of",
+    "kept_by",
     "mask_",
     "masks_of",
     "pruned_attention",
@@ -60,6 +61,6 @@ __all__ = [
     "replace_",
     "save_structure",
     "trace",
-    "why_not_maskable",
+    "why_not_held",
     "why_unprunable",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trimpoint.errors import ArtifactError, SurgeryError, suggest
 from trimpoint.graph.bypass import PLAIN, Bypass
-from trimpoint.graph.grids import check_grid, grid_from_data, put_on_grid_
+from trimpoint.graph.grids import check_grid, put_stored_grid_
 from trimpoint.graph.layers import check_layer, layer_from_data
 from trimpoint.graph.masks import check_schedule, mask_, schedule_from_data
 
@@ -143,16 +143,13 @@ def _edit(entry: Any, where: str) -> Edit:
         if problem := check_layer(entry["layer"]):
             raise ArtifactError(f"The {where} makes no layer: {problem}.")
         return ReplaceEdit(entry["path"], entry["layer"])
-    if kind == "mask":
-        problem = "" if isinstance(entry["parameter"], str) else "a parameter is named by a word"
-        if problem := problem or check_schedule(entry["schedule"]):
-            raise ArtifactError(f"The {where} makes no mask: {problem}.")
-        return MaskEdit(entry["path"], entry["parameter"], entry["schedule"])
-    if kind == "grid":
-        problem = "" if isinstance(entry["parameter"], str) else "a parameter is named by a word"
-        if problem := problem or check_grid(entry["grid"]):
-            raise ArtifactError(f"The {where} makes no grid: {problem}.")
-        return GridEdit(entry["path"], entry["parameter"], entry["grid"])
+    if kind in ("mask", "grid"):
+        problem = check_schedule(entry["schedule"]) if kind == "mask" else check_grid(entry["grid"])
+        if not isinstance(entry["parameter"], str):
+            problem = "a parameter is named by a word"
+        if problem:
+            raise ArtifactError(f"The {where} makes no {kind}: {problem}.")
+        return cast(Edit, _KINDS[kind](**{key: value for key, value in entry.items() if key != "edit"}))
     name, value = entry["name"], entry["value"]
     if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
         raise ArtifactError(f"The {where} sets {name!r}.", "only public attributes that state a size can be set")
@@ -237,7 +234,7 @@ def apply_edits_(module: nn.Module, edits: Sequence[Edit]) -> nn.Module:
         elif isinstance(edit, MaskEdit):
             mask_(target, edit.parameter, None, schedule_from_data(edit.schedule))
         elif isinstance(edit, GridEdit):
-            put_on_grid_(target, edit.parameter, grid_from_data(edit.grid))
+            put_stored_grid_(target, edit.parameter, edit.grid)
         else:
             _set_size(target, edit)
     return module

@@ -4,15 +4,14 @@ What a quantise step chose (which integers, at which scale) is part of the modul
 it. Before lowering it is baked in, and the integers go to the runtime beside the weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from trimpoint.errors import SurgeryError
-from trimpoint.graph.held import Held, chain_of, held_by
+from trimpoint.graph.held import Held, held_by, hold_, parameter_behind
 from trimpoint.quantization.grid import Grid
 
 BITS = (2, 8)
@@ -24,7 +23,8 @@ class OnGrid(Held):
     In training the gradient passes rounding as if it were not there, and stops where a weight is out of range.
 
     Args:
-        scale: of each position along dimension `axis` of the weight, or a single one, one-dimensional, positive.
+        scale: of each position along dimension `axis` of the weight, or a single one, one-dimensional, positive; it
+            stays of its type whatever becomes of the module, and numbers are rounded in that type.
         bits: of a code, 2 to 8.
         axis: the dimension of the output channels.
 
@@ -36,6 +36,7 @@ class OnGrid(Held):
         neurons for conditional computation" (2013), for the gradient.
     """
 
+    order = 1
     scale: Tensor
 
     def __init__(self, scale: Tensor, bits: int, axis: int = 0) -> None:
@@ -46,9 +47,9 @@ class OnGrid(Held):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight on the grid."""
         steps, top = self._along(weight), self.top
-        inside = torch.clamp(weight / steps, -top, top)
+        inside = torch.clamp(weight.float() / steps, -top, top)
         codes = inside + (torch.round(inside) - inside).detach()
-        return codes * steps
+        return (codes * steps).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the parameter for a weight that is assigned: the weight."""
@@ -56,7 +57,7 @@ class OnGrid(Held):
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the integers of a weight, int8."""
-        return torch.round(torch.clamp(weight / self._along(weight), -self.top, self.top)).to(torch.int8)
+        return torch.round(torch.clamp(weight.float() / self._along(weight), -self.top, self.top)).to(torch.int8)
 
     @property
     def top(self) -> int:
@@ -66,13 +67,22 @@ class OnGrid(Held):
     def _along(self, weight: Tensor) -> Tensor:
         shape = [1] * weight.ndim
         shape[self.axis] = -1
-        return self.scale.to(weight.dtype).view(shape)
+        return self.scale.view(shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OnGrid":
+        """Follow the module to another device, but not to a shorter type: codes would not be the same any more."""
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
 
     def extra_repr(self) -> str:
         """Show bits and scales."""
         return f"bits={self.bits}, scales={self.scale.numel():,}"
 
 
+@torch.no_grad()
 def put_on_grid_(module: nn.Module, parameter: str, grid: OnGrid, values: Tensor | None = None) -> None:
     """Hold a parameter of a module on a grid, in place; it keeps its identity, a grid that it had gives way.
 
@@ -85,27 +95,39 @@ def put_on_grid_(module: nn.Module, parameter: str, grid: OnGrid, values: Tensor
     Raises:
         SurgeryError: if the module has no such parameter, or the grid does not fit it.
     """
-    held = parameter in held_by(module)
-    weight = cast(Tensor | None, chain_of(module, parameter).original if held else module._parameters.get(parameter))
-    if weight is None or (parametrize.is_parametrized(module, parameter) and not held):
-        raise SurgeryError(f"A {type(module).__name__} has no plain parameter {parameter!r} to hold on a grid.")
-    if not (grid.axis < weight.ndim and grid.scale.numel() in (1, weight.shape[grid.axis]) and grid.scale.ndim == 1):
+    weight = parameter_behind(module, parameter)
+    _check_fit(weight, grid.axis, grid.scale.numel() if grid.scale.ndim == 1 else 0)
+    if values is not None:
+        # What a mask on a schedule holds at zero may come back as it was.
+        zero = (values == 0) & (cast(Tensor, getattr(module, parameter)) == 0)
+        weight.copy_(torch.where(zero, weight, values.to(weight)))
+    hold_(module, parameter, grid)
+
+
+def put_stored_grid_(module: nn.Module, parameter: str, data: Mapping[str, int]) -> None:
+    """Hold a parameter on the grid of sound JSON data, see `check_grid`, in place, with scales of one.
+
+    Raises:
+        SurgeryError: as `put_on_grid_`; before anything of the size that the data names is made.
+    """
+    _check_fit(parameter_behind(module, parameter), data["axis"], data["scales"])
+    put_on_grid_(module, parameter, OnGrid(torch.ones(data["scales"]), data["bits"], data["axis"]))
+
+
+def wrong_scales(module: nn.Module) -> list[str]:
+    """Return the paths of all grids of which a scale is not finite and positive."""
+    grids = [(path, part.scale) for path, part in module.named_modules() if isinstance(part, OnGrid)]
+    return [path for path, scale in grids if not bool((torch.isfinite(scale) & (scale > 0)).all())]
+
+
+def _check_fit(weight: Tensor, axis: int, scales: int) -> None:
+    if not weight.is_floating_point():
+        raise SurgeryError(f"A grid needs floating-point weights. Got {weight.dtype}.")
+    if not (axis < weight.ndim and scales in (1, weight.shape[axis])):
         raise SurgeryError(
             f"A grid for {list(weight.shape)} must have one scale, or one for each position of a dimension. "
-            f"Got {list(grid.scale.shape)} for dimension {grid.axis}."
+            f"Got {scales} for dimension {axis}."
         )
-    if values is not None:
-        weight.data.copy_(values)
-    grid.train(module.training)
-    if not held:
-        with torch.no_grad():
-            parametrize.register_parametrization(module, parameter, grid)
-        return
-    chain = chain_of(module, parameter)
-    if isinstance(chain[-1], OnGrid):
-        chain[len(chain) - 1] = grid
-    else:
-        chain.append(grid)
 
 
 @torch.no_grad()
@@ -134,8 +156,3 @@ def check_grid(data: Any) -> str:
 def grid_to_data(grid: OnGrid) -> dict[str, int]:
     """Return the JSON form of a grid; its scales are part of the module's state."""
     return {"bits": grid.bits, "axis": grid.axis, "scales": grid.scale.numel()}
-
-
-def grid_from_data(data: Mapping[str, int]) -> OnGrid:
-    """Return the grid of sound JSON data, see `check_grid`, with scales of one."""
-    return OnGrid(torch.ones(data["scales"], dtype=torch.float32), data["bits"], data["axis"])

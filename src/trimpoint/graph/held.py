@@ -1,15 +1,23 @@
 """What all parametrisations of ours have in common: they hold a weight to something, and can be baked into it."""
 
 import copy
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from trimpoint.errors import SurgeryError
+
 
 class Held(nn.Module):
-    """A parametrisation that survives any training loop, and after which the weight is a plain one again."""
+    """A parametrisation that survives any training loop, and after which the weight is a plain one again.
+
+    Attributes:
+        order: its place among those of one tensor, which has at most one of each.
+    """
+
+    order: ClassVar[int]
 
 
 def held_by(module: nn.Module) -> dict[str, Any]:
@@ -20,9 +28,54 @@ def held_by(module: nn.Module) -> dict[str, Any]:
     return {name: chain for name, chain in lists if all(isinstance(part, Held) for part in cast(nn.ModuleList, chain))}
 
 
-def chain_of(module: nn.Module, parameter: str) -> Any:
-    """Return the parametrisations of a tensor."""
-    return cast(nn.ModuleDict, module.parametrizations)[parameter]
+def why_not_held(module: nn.Module, parameter: str) -> str:
+    """Return why a tensor of a module cannot be held to something, or `""`."""
+    if parametrize.is_parametrized(module) and set(cast(nn.ModuleDict, module.parametrizations)) != set(
+        held_by(module)
+    ):
+        return "it has a parametrisation of its own"
+    return "" if _behind(module, parameter) is not None else f"its {parameter} is no parameter"
+
+
+def parameter_behind(module: nn.Module, parameter: str) -> nn.Parameter:
+    """Return the parameter that is trained, whether the tensor of this name is held to something or not.
+
+    Raises:
+        SurgeryError: if the tensor cannot be held.
+    """
+    if reason := why_not_held(module, parameter):
+        raise SurgeryError(f"A {type_before(module)} cannot hold its {parameter} to anything: {reason}.")
+    return cast(nn.Parameter, _behind(module, parameter))
+
+
+def hold_(module: nn.Module, parameter: str, step: Held) -> None:
+    """Hold a tensor to something more, in place; the parameter keeps its identity, one of the same order gives way.
+
+    Raises:
+        SurgeryError: if the tensor cannot be held.
+    """
+    parameter_behind(module, parameter)
+    chain = held_by(module).get(parameter)
+    step.eval()  # it is called once to be checked, which is no training step
+    if chain is None:
+        with torch.no_grad():
+            parametrize.register_parametrization(module, parameter, step)
+    elif any(old.order == step.order for old in chain):
+        chain[next(place for place, old in enumerate(chain) if old.order == step.order)] = step
+    else:
+        chain.insert(sum(old.order < step.order for old in chain), step)
+    step.train(module.training)
+
+
+def type_before(module: nn.Module) -> str:
+    """Return the name of a module's class, as it was before anything of it was held."""
+    return parametrize.type_before_parametrizations(module).__name__
+
+
+def _behind(module: nn.Module, parameter: str) -> nn.Parameter | None:
+    chain = held_by(module).get(parameter)
+    found = module._parameters.get(parameter) if chain is None else chain.original
+    return found if isinstance(found, nn.Parameter) else None
 
 
 @torch.no_grad()

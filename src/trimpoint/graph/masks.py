@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from trimpoint.errors import SurgeryError
-from trimpoint.graph.held import Held, chain_of
+from trimpoint.graph.held import Held, hold_, parameter_behind
 from trimpoint.parts import MaskSchedule
 from trimpoint.sparsity.ranking import cubic, least, least_of_each
 
@@ -34,6 +34,7 @@ class Mask(Held):
         keep: booleans of the weight's shape, a buffer.
     """
 
+    order = 0
     keep: Tensor
 
     def __init__(self, keep: Tensor) -> None:
@@ -184,14 +185,10 @@ def owner_of(path: str) -> str:
     return ".".join(parts[: parts.index("parametrizations")]) if "parametrizations" in parts else path
 
 
-def why_not_maskable(module: nn.Module, parameter: str) -> str:
-    """Return why a tensor of a module cannot be masked, or `""`."""
-    masks = masks_of(module)
-    if parametrize.is_parametrized(module) and set(cast(nn.ModuleDict, module.parametrizations)) != set(masks):
-        return "it has a parametrisation of its own"
-    if parameter not in masks and not isinstance(module._parameters.get(parameter), nn.Parameter):
-        return f"its {parameter} is no parameter"
-    return ""
+def kept_by(module: nn.Module) -> Tensor:
+    """Return which weights of a module a mask keeps, booleans: all where there is none."""
+    weight = cast(Tensor, module.weight).detach()
+    return torch.ones_like(weight, dtype=torch.bool) if "weight" not in masks_of(module) else weight != 0
 
 
 def mask_(
@@ -213,10 +210,7 @@ def mask_(
     Raises:
         SurgeryError: if the module has no such parameter, or the mask does not fit it.
     """
-    if reason := why_not_maskable(module, parameter):
-        raise SurgeryError(f"A {type(module).__name__} cannot hold weights at zero: {reason}.")
-    old = masks_of(module).get(parameter)
-    weight = cast(Tensor, module._parameters[parameter] if old is None else chain_of(module, parameter).original)
+    weight, old = parameter_behind(module, parameter), masks_of(module).get(parameter)
     if keep is None:
         keep = torch.ones_like(weight, dtype=torch.bool) if old is None else old.keep
     if keep.shape != weight.shape or keep.dtype != torch.bool:
@@ -235,21 +229,17 @@ def put_mask_(module: nn.Module, parameter: str, mask: Mask) -> None:
     """Put a mask on a parameter of a module, in place, whatever state it is in; one that it had gives way.
 
     Args:
-        module: that has the parameter, see `why_not_maskable`.
+        module: that has the parameter.
         parameter: its name.
         mask: of its shape.
+
+    Raises:
+        SurgeryError: if the parameter cannot be held, see `why_not_held`.
     """
-    masked = parameter in masks_of(module)
-    weight = cast(Tensor, chain_of(module, parameter).original if masked else module._parameters[parameter])
-    mask.eval()
+    weight = parameter_behind(module, parameter)
     if not isinstance(mask, ScheduledMask):
         weight.data.masked_fill_(~mask.keep, 0.0)
-    if masked:
-        chain_of(module, parameter)[0] = mask
-    else:
-        with torch.no_grad():  # it is called once to be checked, which is no training step
-            parametrize.register_parametrization(module, parameter, mask)
-    cast(nn.Module, module.parametrizations).train(module.training)
+    hold_(module, parameter, mask)
 
 
 @torch.no_grad()
@@ -258,8 +248,7 @@ def end_schedules_(module: nn.Module) -> None:
     for part in module.modules():
         for name, mask in masks_of(part).items():
             if isinstance(mask, ScheduledMask):
-                chain = chain_of(part, name)
-                chain[0] = Mask(mask.eval().final(chain.original)).train(part.training)
+                hold_(part, name, Mask(mask.eval().final(parameter_behind(part, name))))
 
 
 def schedule_to_data(schedule: MaskSchedule | None) -> dict[str, Any] | None:

@@ -1,6 +1,5 @@
 """Hold single weights at zero."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimpoint.errors import InvalidParameterError
-from trimpoint.graph.masks import masks_of, why_not_maskable
+from trimpoint.graph import kept_by, why_not_held
 from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
 from trimpoint.parts import MaskSchedule
 from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, groups_of, own_forward
@@ -17,8 +16,6 @@ from trimpoint.sparsity.one_shot import Pattern, sparsegpt, wanda
 from trimpoint.sparsity.ranking import comparable, least, least_of_all, least_of_each, share_of
 
 DENSE = "unstructured"
-_MOST_PRODUCTS = 1 << 27
-"""Numbers in the products that are held at once, unless a single layer needs more (1 GiB)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +138,7 @@ class PruneWeights(Method):
             return "the ratio is 0"
         if site.tied:
             return "its weight is tied to another module's"
-        if reason := why_not_maskable(site.module, "weight") or own_forward(site.module):
+        if reason := why_not_held(site.module, "weight") or own_forward(site.module):
             return reason
         weight = weight_of(site)
         if self.pattern != DENSE:
@@ -170,7 +167,7 @@ class PruneWeights(Method):
             elif self.schedule == "cubic" or self.criterion == "movement":
                 ctx.mask(site.path, schedule=self._schedule(count, before), reason=self._words())
             else:
-                ctx.mask(site.path, ~self._smallest(weight, count) & kept_by(site), reason=self._words())
+                ctx.mask(site.path, ~self._smallest(weight, count) & kept_by(site.module), reason=self._words())
 
     def _smallest(self, weight: Tensor, count: int) -> Tensor:
         size = weight.double().abs()
@@ -199,17 +196,16 @@ class PruneWeights(Method):
 
     def _by_inputs(self, ctx: Context, sites: Sequence[Site]) -> None:
         products = self.criterion == "sparsegpt"
-        for some in _fitting(sites) if products else [list(sites)]:
-            found = gather(ctx, {site.path: site.module for site in some}, products=products)
-            for site in some:
-                self._prune(ctx, site, found[site.path])
+        modules = {site.path: site for site in sites}
+        for path, seen in gather(ctx, {path: site.module for path, site in modules.items()}, products=products):
+            self._prune(ctx, modules[path], seen)
 
     def _prune(self, ctx: Context, site: Site, seen: InputStatistics) -> None:
         if seen.total is None or not seen.positions:
             return ctx.skip(site.path, "the calibration data does not run through it")
         if not bool(torch.isfinite(seen.total).all()):
             return ctx.skip(site.path, "its inputs are not finite")
-        weight, held = weight_of(site), ~kept_by(site)
+        weight, held = weight_of(site), ~kept_by(site.module)
         pattern = None if self.pattern == DENSE else pattern_of(self.pattern)
         groups = groups_of(site.module)
         ends = [share_of(self.ratio, weight.numel() * (group + 1) // groups) for group in range(groups)]
@@ -237,15 +233,9 @@ def weight_of(site: Site) -> Tensor:
     return cast(Tensor, site.module.weight).detach()
 
 
-def kept_by(site: Site) -> Tensor:
-    """Return which weights of a site an earlier mask keeps."""
-    mask = masks_of(site.module).get("weight")
-    return torch.ones_like(weight_of(site), dtype=torch.bool) if mask is None else weight_of(site) != 0
-
-
 def zeros_of(site: Site) -> int:
     """Return how many weights of a site an earlier mask holds at zero."""
-    return int((~kept_by(site)).sum())
+    return int((~kept_by(site.module)).sum())
 
 
 def pattern_of(text: str) -> Pattern:
@@ -257,18 +247,3 @@ def pattern_of(text: str) -> Pattern:
     """
     kept, of = text.split(":")
     return int(kept), int(of)
-
-
-def _fitting(sites: Sequence[Site]) -> list[list[Site]]:
-    """Return the sites, in their order, in parts whose products fit into memory together."""
-    parts: list[list[Site]] = []
-    used = math.inf
-    for site in sites:
-        matrix = as_matrix(weight_of(site))
-        need = groups_of(site.module) * matrix.shape[1] ** 2
-        if used + need > _MOST_PRODUCTS:
-            parts.append([])
-            used = 0
-        parts[-1].append(site)
-        used += need
-    return parts

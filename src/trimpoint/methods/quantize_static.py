@@ -1,11 +1,11 @@
-"""Eight-bit weights and activations with scales fixed beforehand."""
+"""Weights of 8 bits or fewer and 8-bit activations, with scales fixed beforehand."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 from trimpoint.errors import InvalidParameterError
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
-from trimpoint.quantization.weights import round_weights
+from trimpoint.quantization.weights import round_weights, why_no_grid
 from trimpoint.values import Format
 
 _BITS = Bounds(ge=2, le=8)
@@ -94,12 +94,16 @@ class QuantizeStatic(Method):
         """Assign formats to weight and input of every module in scope, and choose integers where that is asked for."""
         sites = list(ctx.modules())
         if self._chosen:
-            chosen = [site.path for site in sites if not site.tied]
-            if self.bits < 8:
-                for site in sites:
-                    if site.tied:
-                        ctx.skip(site.path, "it shares a weight with another module")
-                sites = [site for site in sites if not site.tied]
+            refused = {
+                site.path: "it shares a weight with another module" if site.tied else why_no_grid(site.module)
+                for site in sites
+            }
+            chosen = [path for path, reason in refused.items() if not reason]
+            if self.bits < 8:  # the runtime rounds 8 bits by itself
+                for path, reason in refused.items():
+                    if reason:
+                        ctx.skip(path, reason)
+                sites = [site for site in sites if site.path in chosen]
             bits = 7 if self.bits == 8 and self.reduce_range else self.bits
             scale = "output-error" if self.weights == "auto" else self.weights
             round_weights(ctx, chosen, bits, self.rounding, scale)

@@ -44,7 +44,7 @@ def best_scale(weight: Tensor, top: int, products: Tensor | None = None) -> Tens
         errors.append((wrong if products is None else wrong @ products.double()).mul(wrong).sum(1))
     # Of equal errors, as of weights that are all zero, the widest counts.
     best = len(_SHARES) - 1 - torch.stack(errors).flip(0).argmin(0)
-    return _SHARES[best] * widest
+    return _SHARES.to(best.device)[best] * widest
 
 
 def nearest(weight: Tensor, scale: Tensor, top: int) -> Tensor:
@@ -53,7 +53,9 @@ def nearest(weight: Tensor, scale: Tensor, top: int) -> Tensor:
     return (weight.double() / steps).round().clamp(-top, top) * steps
 
 
-def gptq(weight: Tensor, scale: Tensor, top: int, products: Tensor, damping: float = 0.01) -> Tensor:
+def gptq(
+    weight: Tensor, scale: Tensor, top: int, products: Tensor, keep: Tensor | None = None, damping: float = 0.01
+) -> Tensor:
     """Round one input after the other, and let those behind it make up for what each rounding costs.
 
     Inputs are taken in the order of their squares, the largest first. With the Cholesky factor U of H⁻¹ = UᵀU,
@@ -64,6 +66,7 @@ def gptq(weight: Tensor, scale: Tensor, top: int, products: Tensor, damping: flo
         scale: `[outputs]`.
         top: the greatest code.
         products: XᵀX `[inputs, inputs]`.
+        keep: booleans `[outputs, inputs]`: the others are zero and stay it.
         damping: λ as a share of the mean of H's diagonal.
 
     Returns:
@@ -75,6 +78,7 @@ def gptq(weight: Tensor, scale: Tensor, top: int, products: Tensor, damping: flo
     """
     order = products.diagonal().argsort(descending=True, stable=True)
     left = weight.detach().double()[:, order].clone()
+    gone = None if keep is None else ~keep[:, order]
     factor = inverse_factor(products[order][:, order], damping)
     rounded = torch.empty_like(left)
     for start in range(0, left.shape[1], _BLOCK):
@@ -83,6 +87,8 @@ def gptq(weight: Tensor, scale: Tensor, top: int, products: Tensor, damping: flo
         errors = torch.empty_like(part)
         for column in range(end - start):
             now = nearest(part[:, column : column + 1], scale, top)[:, 0]
+            if gone is not None:
+                now = now.masked_fill(gone[:, start + column], 0.0)
             errors[:, column] = (part[:, column] - now) / inner[column, column]
             part[:, column:] -= errors[:, column, None] * inner[column, column:]
             rounded[:, start + column] = now
@@ -90,7 +96,15 @@ def gptq(weight: Tensor, scale: Tensor, top: int, products: Tensor, damping: flo
     return rounded[:, order.argsort()]
 
 
-def adaround(weight: Tensor, scale: Tensor, top: int, products: Tensor, steps: int = 1000, lr: float = 0.01) -> Tensor:
+def adaround(
+    weight: Tensor,
+    scale: Tensor,
+    top: int,
+    products: Tensor,
+    keep: Tensor | None = None,
+    steps: int = 1000,
+    lr: float = 0.01,
+) -> Tensor:
     """Learn for each weight whether it is rounded up or down, by the error of the layer.
 
     How far up a weight goes is a rectified sigmoid of a number that is learned; a penalty that sharpens over the steps
@@ -104,6 +118,7 @@ def adaround(weight: Tensor, scale: Tensor, top: int, products: Tensor, steps: i
         scale: `[outputs]`.
         top: the greatest code.
         products: XᵀX `[inputs, inputs]`.
+        keep: booleans `[outputs, inputs]`: the others are zero and stay it.
         steps: of Adam.
         lr: its learning rate.
 
@@ -120,12 +135,14 @@ def adaround(weight: Tensor, scale: Tensor, top: int, products: Tensor, steps: i
     before = error_of(plain - weight, products)
     if not bool((before > 0).any()):
         return plain
+    # What is held at zero can go neither way.
+    free = torch.ones_like(exact) if keep is None else keep.to(exact)
     rest = (exact - down).clamp(1e-4, 1 - 1e-4)
     raw = torch.logit((rest + 0.1) / 1.2).requires_grad_(True)
     optimizer = torch.optim.Adam([raw], lr=lr)
     for step in range(steps):
         up = (torch.sigmoid(raw) * 1.2 - 0.1).clamp(0.0, 1.0)
-        now = ((down + up).clamp(-top, top) * size) - weight
+        now = ((down + up * free).clamp(-top, top) * size) - weight
         loss = error_of(now, products).sum() / before.sum()
         progress = (step / steps - 0.2) / 0.8
         if progress > 0:
@@ -134,13 +151,15 @@ def adaround(weight: Tensor, scale: Tensor, top: int, products: Tensor, steps: i
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return _flipped(weight, (raw.detach() > 0).double(), down, size, top, products)
+    return _flipped(weight, (raw.detach() > 0) * free, down, free, size, top, products)
 
 
 @torch.no_grad()
-def _flipped(weight: Tensor, up: Tensor, down: Tensor, size: Tensor, top: int, products: Tensor) -> Tensor:
+def _flipped(
+    weight: Tensor, up: Tensor, down: Tensor, free: Tensor, size: Tensor, top: int, products: Tensor
+) -> Tensor:
     """Return the weights on the grid after single ones went the other way, input by input, while that helps."""
-    ways = [((down + way).clamp(-top, top)) * size for way in (0.0, 1.0)]
+    ways = [(down + way * free).clamp(-top, top) * size for way in (0.0, 1.0)]
     now = torch.where(up > 0, ways[1], ways[0])
     slope = (now - weight) @ products
     for _ in range(_SWEEPS):

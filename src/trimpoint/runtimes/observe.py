@@ -3,13 +3,14 @@
 This module needs `onnx` (the full installation); what opens an artifact does not import it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper
 
 from trimpoint.errors import DataError, LoweringError
+from trimpoint.padding import kept_positions, padding_mask
 from trimpoint.quantization.histogram import Histogram
 from trimpoint.quantization.ranges import Levels, Range, entropy, least_squares, minmax, percentile
 from trimpoint.quiet import quiet
@@ -18,7 +19,6 @@ from trimpoint.values import Format
 
 MEMORY = 64 * 2**20
 """Bytes of activations that are held at once, at most, unless one sample has more."""
-MASKS = ("attention_mask",)
 
 Feed = dict[str, np.ndarray]
 
@@ -33,8 +33,10 @@ def float_tensors(model: ModelProto) -> set[str]:
 def observe(model: ModelProto, wanted: Mapping[str, Format], feeds: Iterable[Feed]) -> dict[str, Range]:
     """Return the range of each tensor by the rule of its format.
 
-    Batches are cut into pieces whose activations fit in `MEMORY`; samples of a text batch are cut to their own length
-    first, so that padding is not seen. What is kept of a tensor does not grow with the data.
+    Batches are cut into pieces whose activations fit in `MEMORY`, if all inputs that change have a dimension of the
+    same name, the samples. Where a mask tells padding, see `trimpoint.padding`, samples are cut to their own length
+    first, so that padding is not seen; those too short for the model are seen with it. What is kept of a tensor does
+    not grow with the data.
 
     Args:
         model: float32, with shapes inferred; stays as it is.
@@ -56,7 +58,7 @@ def observe(model: ModelProto, wanted: Mapping[str, Format], feeds: Iterable[Fee
         pieces += 1
         for name in extremes:
             low, high = float(found[_extreme(name, "Min")]), float(found[_extreme(name, "Max")])
-            if not np.isfinite((low, high)).all() or np.isnan(found[_extreme(name, "Sum")]):
+            if not np.isfinite((low, high)).all() or np.isnan(found[_extreme(name, "SumSquare")]):
                 raise DataError(_not_finite(model, name), "check the calibration data for outliers and NaNs")
             before = seen.get(name, (0.0, 0.0))
             seen[name] = min(before[0], low), max(before[1], high)
@@ -66,7 +68,7 @@ def observe(model: ModelProto, wanted: Mapping[str, Format], feeds: Iterable[Fee
             except DataError as error:
                 raise DataError(_not_finite(model, name), "check the calibration data for outliers and NaNs") from error
     if not pieces:
-        raise DataError("Calibration needs at least one sample. Got none.")
+        raise DataError("Calibration needs at least one sample that is not all padding. Got none.")
     return seen | {name: range_of(histogram, wanted[name]) for name, histogram in counted.items()}
 
 
@@ -86,7 +88,7 @@ def _session(model: ModelProto, extremes: list[str], whole: list[str]) -> onnxru
     watched.CopyFrom(model)
     del watched.graph.output[:]
     for name in extremes:
-        for kind in ("Min", "Max", "Sum"):  # extremes may pass NaNs over, a sum does not
+        for kind in ("Min", "Max", "SumSquare"):  # extremes may pass NaNs over, a sum of squares does not
             watched.graph.node.append(helper.make_node(f"Reduce{kind}", [name], [_extreme(name, kind)], keepdims=0))
             watched.graph.output.append(helper.make_tensor_value_info(_extreme(name, kind), TensorProto.FLOAT, []))
     for name in whole:
@@ -116,39 +118,59 @@ def _pieces(model: ModelProto, session: onnxruntime.InferenceSession, feeds: Ite
     """Yield the batches in pieces without padding, as many samples in each as `MEMORY` allows."""
     dims = {value.name: [d.dim_param for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
     taken = {entry.name for entry in session.get_inputs()}
-    batch = next((names[0] for names in dims.values() if names), "")
-    free = bool(batch) and all(names and names[0] == batch for names in dims.values())
+    batch = next((names[0] for names in dims.values() if names and names[0]), None)
+    axes = {name: names.index(batch) for name, names in dims.items() if batch in names}
     sizes: dict[tuple[tuple[int, ...], ...], int] = {}
+
+    def at_once(feed: Feed) -> int:
+        one = _samples(feed, axes, [0])
+        shape = tuple(array.shape for array in one.values())
+        if shape not in sizes:
+            sizes[shape] = _samples_at_once(session, one)
+        return sizes[shape]
+
     for feed in feeds:
-        for same in _unpadded(feed, dims) if free else [feed]:
-            read = {name: array for name, array in same.items() if name in taken}
-            if not free:
-                yield read
-                continue
-            shape = tuple(array.shape[1:] for array in read.values())
-            if shape not in sizes:
-                sizes[shape] = _samples_at_once(session, {name: array[:1] for name, array in read.items()})
-            for start in range(0, len(next(iter(read.values()))), sizes[shape]):
-                yield {name: array[start : start + sizes[shape]] for name, array in read.items()}
-
-
-def _unpadded(feed: Feed, dims: Mapping[str, list[str]]) -> Iterator[Feed]:
-    """Yield the samples of a batch, those of one length together, without the positions that a mask excludes."""
-    name = next((n for n in MASKS if n in feed and feed[n].ndim == 2 and dims[n][1]), None)
-    if name is None or not np.isin(feed[name], (0, 1)).all():
-        yield feed
-        return
-    kept, length = feed[name] != 0, dims[name][1]
-    for pattern in np.unique(kept, axis=0):
-        rows, columns = np.flatnonzero((kept == pattern).all(axis=1)), np.flatnonzero(pattern)
-        if len(columns) == 0:
+        read = {name: array for name, array in feed.items() if name in taken}
+        if not axes:
+            yield read
             continue
-        cut = {key: array[rows] for key, array in feed.items()}
+        if 0 in (array.shape[axes[name]] for name, array in read.items() if name in axes):
+            continue
+        for piece, padded in _unpadded(read, dims, axes):
+            try:
+                step, same = at_once(piece), piece
+            except LoweringError:
+                if piece is padded:
+                    raise
+                step, same = at_once(padded), padded
+            first = next(iter(axes))
+            count = same[first].shape[axes[first]]
+            for start in range(0, count, step):
+                yield _samples(same, axes, range(start, min(start + step, count)))
+
+
+def _unpadded(feed: Feed, dims: Mapping[str, list[str]], axes: Mapping[str, int]) -> Iterator[tuple[Feed, Feed]]:
+    """Yield the samples of a batch, those of one length together: without the positions of padding, and with them."""
+    name = padding_mask(feed)
+    if name is None or axes.get(name) != 0 or not dims[name][1]:
+        yield feed, feed
+        return
+    kept, length = kept_positions(feed), dims[name][1]
+    for pattern in np.unique(kept, axis=0):
+        if not pattern.any():
+            continue
+        padded = _samples(feed, axes, np.flatnonzero((kept == pattern).all(axis=1)))
+        piece = dict(padded)
         for key, names in dims.items():
             for axis, dim in enumerate(names):
-                if dim == length and key in cut:
-                    cut[key] = np.take(cut[key], columns, axis=axis)
-        yield cut
+                if dim == length and key in piece:
+                    piece[key] = np.compress(pattern, piece[key], axis=axis)
+        yield piece, padded
+
+
+def _samples(feed: Feed, axes: Mapping[str, int], which: Sequence[int] | np.ndarray) -> Feed:
+    """Return some samples of a batch; an input that does not grow with it is in all of them."""
+    return {key: np.take(array, which, axis=axes[key]) if key in axes else array for key, array in feed.items()}
 
 
 def _run(session: onnxruntime.InferenceSession, outputs: list[str], feed: Feed) -> list[np.ndarray]:

@@ -300,16 +300,18 @@ def _overrides(selection: Selection, path: str, node: NodeProto, tensors: Mappin
     weight, source = node.input[1], node.input[0]
     setting: dict[str, Any] = {"quant_type": QuantType.QInt8, "symmetric": True}
     setting["reduce_range"] = tensors["weight"].reduce_range
-    channel = tensors["weight"].granularity == "channel"
+    # A transposed convolution in groups has several outputs for each position of its weight's dimension of channels.
+    grouped = node.op_type == "ConvTranspose" and any(a.name == "group" and a.i > 1 for a in node.attribute)
+    channel = tensors["weight"].granularity == "channel" and not grouped
     if channel != selection.per_channel or setting["reduce_range"] != selection.reduce_range:
         if channel:
             setting["axis"] = _axis(node)
         selection.overrides[weight] = [setting]
-    selection.inputs.setdefault(source, tensors["input"])
-    if tensors["input"].symmetric != selection.symmetric:
-        wanted = {"symmetric": tensors["input"].symmetric}
-        if selection.overrides.setdefault(source, [wanted])[0] != wanted:
-            selection.unmapped.append(f"{path}: its input is also that of another module, whose settings are used")
+    used = selection.inputs.setdefault(source, tensors["input"])
+    if used != tensors["input"]:
+        selection.unmapped.append(f"{path}: its input is also that of another module, whose settings are used")
+    if used.symmetric != selection.symmetric:
+        selection.overrides[source] = [{"symmetric": used.symmetric}]
 
 
 def _fix(selection: Selection, path: str, node: NodeProto, grid: Grid, stored: TensorProto) -> None:

@@ -7,7 +7,7 @@ convolution are ordered by kernel position, and within one by channel, so that r
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _PIECE = 1 << 22
 """Numbers that are unfolded at once, at most (a single sample may be more)."""
+_MOST_PRODUCTS = 1 << 27
+"""Numbers in the products that are held at once, unless a single layer needs more (1 GiB)."""
 
 
 def own_forward(module: nn.Module) -> str:
@@ -100,8 +102,11 @@ class InputStatistics:
             self.positions += piece.shape[1]
 
 
-def gather(ctx: Context, modules: Mapping[str, nn.Module], *, products: bool) -> dict[str, InputStatistics]:
-    """Return what layers see of the calibration data, as the model is now; padding does not count.
+def gather(ctx: Context, modules: Mapping[str, nn.Module], *, products: bool) -> Iterator[tuple[str, InputStatistics]]:
+    """Yield what layers see of the calibration data, one after the other; padding does not count.
+
+    Layers whose products do not fit into a gigabyte together are seen in more than one pass over the data, each through
+    the model as it is then.
 
     Args:
         ctx: of the step.
@@ -111,10 +116,27 @@ def gather(ctx: Context, modules: Mapping[str, nn.Module], *, products: bool) ->
     Raises:
         DataError: if the task has no calibration data.
     """
-    found = {path: InputStatistics(products=products) for path in modules}
+    for paths in _parts(modules, products):
+        found = {path: InputStatistics(products=products) for path in paths}
 
-    def see(path: str, module: nn.Module, value: Tensor, kept: Tensor | None) -> None:
-        found[path].add(module, rows_of(value, kept) if isinstance(module, nn.Linear) else value)
+        def see(path: str, module: nn.Module, value: Tensor, kept: Tensor | None, into: Any = found) -> None:
+            into[path].add(module, rows_of(value, kept) if isinstance(module, nn.Linear) else value)
 
-    calibrate_kept(ctx, see, list(modules))
-    return found
+        calibrate_kept(ctx, see, paths)
+        for path in paths:
+            yield path, found.pop(path)
+
+
+def _parts(modules: Mapping[str, nn.Module], products: bool) -> list[list[str]]:
+    """Return the paths, in their order, in parts whose statistics fit into memory together."""
+    parts: list[list[str]] = []
+    used = math.inf
+    for path, module in modules.items():
+        inputs = cast(Tensor, module.weight)[0].numel()
+        need = groups_of(module) * inputs ** (2 if products else 1)
+        if used + need > _MOST_PRODUCTS:
+            parts.append([])
+            used = 0
+        parts[-1].append(path)
+        used += need
+    return parts

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from trimpoint.errors import DataError, TraceError
-from trimpoint.graph import Edit, find_blocks, find_groups
+from trimpoint.graph import Edit, find_blocks, find_groups, trace
+from trimpoint.graph.scalings import find_scalings
 from trimpoint.losses import call, explained
 from trimpoint.method import Fact
-from trimpoint.parts import Block, Group
+from trimpoint.parts import Block, Group, Scalings
 from trimpoint.signature import flatten
 from trimpoint.task import Task
 from trimpoint.values import Change, Format
@@ -81,6 +82,13 @@ class Build:
                 replace(b, path=(prefix + b.path).rstrip(".")) for b in find_blocks(core, inputs)
             )
         return self.structure["blocks"]  # type: ignore[no-any-return]
+
+    def scalings(self) -> Scalings:
+        """Return where the model can be scaled, with the paths of the whole model."""
+        if "scalings" not in self.structure:
+            core, inputs, prefix = self.core()
+            self.structure["scalings"] = find_scalings(trace(core, inputs), prefix)
+        return self.structure["scalings"]  # type: ignore[no-any-return]
 
     def original_blocks(self) -> tuple[Block, ...]:
         """Return the blocks of the unmodified model, with the paths of the whole model; none where it has no trace."""

@@ -16,11 +16,12 @@ from trimpoint.filters import EVERYTHING
 from trimpoint.graph import GridEdit, MaskEdit, OnGrid, bypass_, mask_, masks_of, put_on_grid_, remove_units_, replace_
 from trimpoint.graph.grids import grid_to_data
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
+from trimpoint.graph.scalings import rescale_
 from trimpoint.method import ALL_FACTS, Context, Site
-from trimpoint.parts import Block, Group, MaskSchedule
+from trimpoint.parts import Block, Group, MaskSchedule, Scalings
 from trimpoint.plan import Step
 from trimpoint.recover.batches import epoch_batches, mix
-from trimpoint.recover.distill import Distillation, DistillationLoss, Teacher
+from trimpoint.recover.distill import Distillation, Lesson, lesson
 from trimpoint.recover.penalty import Penalty
 from trimpoint.recover.recipe import Recovery, check_batches
 from trimpoint.recover.trainer import train
@@ -28,7 +29,6 @@ from trimpoint.task import Task
 from trimpoint.values import Change, ChangeKind, Format
 
 Progress = Callable[[int, str, float], None]
-Lesson = tuple[Callable[[nn.Module, Any], Tensor], Callable[[int], int]]
 
 
 class _Context(Context):
@@ -118,7 +118,24 @@ class _Context(Context):
             names = [name for name, _ in self.module.named_modules() if name]
             raise UnknownNameError(f"The model has no module {path!r}.", suggest(path, names)) from error
 
+    def scalings(self) -> Scalings:
+        """Return where the model can be scaled."""
+        return self._build.scalings()
+
     # What can be done
+
+    def rescale(self, factors: Mapping[str, Tensor], reason: str = "") -> None:
+        """Scale channels and what reads them, without a change of what the model computes."""
+        groups = {group: factors[group.name] for group in self.scalings().groups if group.name in factors}
+        paths = dict.fromkeys(m.path for group in groups for m in group.members if m.role != "through")
+        try:
+            rescale_(self.module, groups, self._build.inputs())
+        except SurgeryError as error:
+            for path in paths:
+                self.skip(path, error.message)
+            return
+        for path in paths:
+            self._change("assigned", path, describe(self.get(path)), "channels scaled", reason)
 
     def resize(self, removals: Mapping[str, Sequence[int]]) -> None:
         """Remove units from groups, all at once."""
@@ -142,10 +159,8 @@ class _Context(Context):
 
     def bypass(self, path: str, reason: str = "") -> None:
         """Replace the block at `path` by one that hands its first input on, or skip it where that does not run."""
-        before, below = (
-            describe(self.get(path)),
-            [f"{path}.{name}" for name, _ in self.get(path).named_modules() if name],
-        )
+        block = self.get(path)
+        before, below = describe(block), [f"{path}.{name}" for name, _ in block.named_modules() if name]
         try:
             edits = bypass_(self.module, path, self._build.inputs())
         except SurgeryError as error:
@@ -238,7 +253,7 @@ class _Context(Context):
             return self.skip("", "nothing in scope can be trained: no parameter requires a gradient")
         check_batches(model, task)
         settings = recipe.settings(model, task, effort=self.effort, seed=self.seed)
-        loss, seeds = self._lesson(task, recipe, distillation)
+        loss, seeds = self._lesson(task, recipe.epochs, distillation)
         for parameter in frozen:
             parameter.requires_grad_(False)
         try:
@@ -279,12 +294,8 @@ class _Context(Context):
         if kind == "resized" and old is not None and old.kind == "replaced":  # a part of what this step put there
             parts = [other for other, _ in self.module.named_modules() if self._build.origin(other) == origin]
             after = describe(self.get(min(parts, key=len)))
-            kind, before, reason = (
-                "replaced",
-                old.before,
-                old.reason if reason in old.reason else f"{old.reason}; {reason}",
-            )
-            part = ""
+            kind, before, part = "replaced", old.before, ""
+            reason = old.reason if reason in old.reason else f"{old.reason}; {reason}"
         elif part:
             before = f"its `{part}`, {before}"
             if old is not None and old.kind == "skipped":
@@ -378,20 +389,9 @@ class _Context(Context):
             raise DataError(f"{self._name} needs a task.", "give one to `compress(model, plan, task)`")
         return self.task
 
-    def _lesson(self, task: Task, recipe: Recovery, distillation: Distillation | None) -> Lesson:
-        """Return the loss to train with, and the seed of each epoch.
-
-        With a teacher, epochs are seeded by the plan's seed only, so that all plans see the same views and share what
-        the teacher said about them.
-        """
+    def _lesson(self, task: Task, epochs: float, distillation: Distillation | None) -> Lesson:
         if distillation is None:
             return task.loss_of, lambda epoch: mix(self.seed, epoch)
         if distillation.hints > 0:
             distillation = replace(distillation, places=tuple(b.path for b in self._build.original_blocks()))
-        views, memory = 0 if distillation.inner else distillation.views, self._build.memory
-        if memory is None and 0 < views < recipe.epochs * self.effort:
-            memory = {}
-        teacher = Teacher(self.original, memory if views else None, task.core)
-        return DistillationLoss(task, teacher, distillation), lambda epoch: mix(
-            self._plan_seed, epoch % views if views else epoch
-        )
+        return lesson(task, self.original, distillation, epochs * self.effort, self._build.memory, self._plan_seed)

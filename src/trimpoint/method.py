@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trimpoint.annotations import annotations_of, fits, in_words
 from trimpoint.errors import InvalidParameterError
-from trimpoint.parts import Block, Group, MaskSchedule
+from trimpoint.parts import Block, Group, MaskSchedule, Scalings
 from trimpoint.values import Format
 
 if TYPE_CHECKING:
@@ -201,6 +201,24 @@ class Context(ABC):
     @abstractmethod
     def get(self, path: str) -> "nn.Module":
         """Return the module at `path` as it is now."""
+
+    @abstractmethod
+    def scalings(self) -> Scalings:
+        """Return where channels can be scaled without a change of what the model computes.
+
+        Raises:
+            TraceError: if the model cannot be traced.
+        """
+
+    @abstractmethod
+    def rescale(self, factors: "Mapping[str, Tensor]", reason: str = "") -> None:
+        """Scale channels: multiply all that makes them by a factor, and divide all that reads them by it.
+
+        Args:
+            factors: name of a group of `scalings` → positive factors `[size]`. All at once; where the model does not
+                answer as before they stay, skipped.
+            reason: how the factors were chosen.
+        """
 
     @abstractmethod
     def resize(self, removals: Mapping[str, Sequence[int]]) -> None:

@@ -1,5 +1,6 @@
-"""Parts of a model that can be removed: units of coupled groups, and blocks."""
+"""Parts of a model that can be removed or scaled: units of coupled groups, and blocks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,6 +68,21 @@ class Group:
         return self.label or next(
             (member.path for member in self.members if member.role == "out"), self.members[0].path
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scalings:
+    """Where a model can be scaled.
+
+    Args:
+        groups: of channels; what makes them has the role `out`, or `through` where a batch norm behind it is scaled in
+            its place, what reads them the role `in`. Those that cannot be scaled carry a `reason`, and
+            may lack either.
+        norms: path of a layer → path of the batch norm that is the only reader of its output.
+    """
+
+    groups: tuple[Group, ...]
+    norms: Mapping[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ modules.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,7 +39,26 @@ def coupled_groups(trace: Trace) -> tuple[Group, ...]:
         propagation, classes, reasons = _solved(trace, heads)
     atoms = propagation.atoms
     kinds, mixed = kinds_of(atoms, classes)
-    reasons = mixed | reasons
+    groups, families = grouped(atoms, classes, mixed | reasons, kinds)
+    groups = [
+        replace(group, places=places_of(propagation.shaped, classes, labels)) if group.kind == "heads" else group
+        for group, labels in zip(groups, families, strict=True)
+    ]
+    groups = kept_alike(atoms, classes, groups, families)
+    return named([group for group in groups if any(member.role == "out" for member in group.members)])
+
+
+def grouped(
+    atoms: Atoms, classes: np.ndarray, reasons: Mapping[int, str], kinds: Mapping[int, Kind]
+) -> tuple[list[Group], list[list[int]]]:
+    """Return as one group the classes that run through the same dimensions, and the classes of each group.
+
+    Args:
+        atoms: of the model.
+        classes: of each atom.
+        reasons: class → why it must not be touched.
+        kinds: class → its kind, where that is not channels.
+    """
     slots = _slots(atoms, classes)
     units: dict[int, dict[Slot, list[int]]] = defaultdict(dict)
     for slot, positions in slots.items():
@@ -55,12 +74,7 @@ def coupled_groups(trace: Trace) -> tuple[Group, ...]:
         _group([units[label] for label in labels], roles, order, reason, kind)
         for (_, reason, kind), labels in families.items()
     ]
-    groups = [
-        replace(group, places=places_of(propagation.shaped, classes, labels)) if group.kind == "heads" else group
-        for group, labels in zip(groups, families.values(), strict=True)
-    ]
-    groups = kept_alike(atoms, classes, groups, list(families.values()))
-    return named([group for group in groups if any(member.role == "out" for member in group.members)])
+    return groups, list(families.values())
 
 
 def _solved(trace: Trace, heads: Tensor | None) -> tuple[Propagation, np.ndarray, dict[int, str]]:

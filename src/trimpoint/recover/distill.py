@@ -13,11 +13,15 @@ from torch.nn import functional as F
 
 from trimpoint.errors import ModelError
 from trimpoint.losses import call, explained, main_tensor
+from trimpoint.recover.batches import mix
 from trimpoint.recover.checkpoint import weights_digest
 from trimpoint.recover.hints import hint_loss, recording
 from trimpoint.recover.layout import channels_last_, prepare, suits_channels_last
 from trimpoint.signature import flatten
 from trimpoint.task import Batch, Task
+
+Lesson = tuple[Callable[[nn.Module, Any], Tensor], Callable[[int], int]]
+"""A loss to train with, and the seed of each epoch."""
 
 IGNORED = -100
 """The target that marks a token which does not count."""
@@ -202,3 +206,31 @@ def observe(model: nn.Module, core: str | None, run: Callable[[nn.Module], Any])
             "call `model(...)` itself inside `step`, give `Task(core=...)`, or set `alpha` to 1",
         )
     return main_tensor(seen[0]), result
+
+
+def lesson(
+    task: Task,
+    original: nn.Module,
+    distillation: Distillation,
+    epochs: float,
+    memory: MutableMapping[str, Tensor] | None,
+    seed: int,
+) -> Lesson:
+    """Return the loss to learn from the unmodified model with, and the seed of each epoch.
+
+    Epochs are seeded by the plan's seed only, so that all plans see the same views and share what the teacher said
+    about them.
+
+    Args:
+        task: whose loss is part of it.
+        original: the teacher.
+        distillation: what to learn from it.
+        epochs: that will be trained.
+        memory: of what the teacher said, shared with other plans.
+        seed: of the plan.
+    """
+    views = 0 if distillation.inner else distillation.views
+    if memory is None and 0 < views < epochs:
+        memory = {}
+    teacher = Teacher(original, memory if views else None, task.core)
+    return DistillationLoss(task, teacher, distillation), lambda epoch: mix(seed, epoch % views if views else epoch)

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("graph", "measure", "runtimes", "recover", "importance"),
         *("low_rank", "methods", "quantization", "sparsity", "demo"),
     ),
-    ("build", "context", "compress", "manifest", "parity", "model_card", "artifact", "trust"),
+    ("build", "record", "context", "compress", "manifest", "parity", "model_card", "artifact", "trust"),
     ("search",),
     ("report",),
     ("cli",),

@@ -7,24 +7,21 @@ network (a scale per channel, 7 bits) and each of its calibrators. All see the s
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from benchmarks.checkpoints import resnet20_cifar10
-from benchmarks.comparison import Comparison, Lower, goal
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
+from benchmarks.comparison import Comparison, goal
+from benchmarks.peers import CALIBRATORS, quantize_static_by
 
 from trimpoint.compress import compress
 from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.plan import Plan
-from trimpoint.quiet import quiet
-from trimpoint.runtimes import get_runtime, onnx_graph, onnx_quantize
-from trimpoint.runtimes.base import Exported, Lowered, calibration_feeds
+from trimpoint.runtimes import get_runtime
+from trimpoint.runtimes.base import Lowered
 from trimpoint.runtimes.export import export
-from trimpoint.runtimes.onnxruntime import FILE
 
 QUESTION = "What does int8 cost and bring on a ResNet-20, and how well do weights of 4 bits do without training?"
 OURS, PLAIN = "int8", "4 bits, to nearest, scale by the largest"
@@ -38,42 +35,7 @@ PLANS = {
     "4 bits, GPTQ": QuantizeStatic(bits=4, rounding="gptq"),
     BEST: QuantizeStatic(bits=4, rounding="adaround"),
 }
-CALIBRATORS = {
-    "minmax": CalibrationMethod.MinMax,
-    "percentile": CalibrationMethod.Percentile,
-    "entropy": CalibrationMethod.Entropy,
-}
 MARGIN, IMAGES, ROUNDS = 0.0025, 1000, 3
-
-
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, feeds: Sequence[dict[str, np.ndarray]]) -> None:
-        self.feeds = iter(feeds)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self.feeds, None)
-
-
-def peer(observer: str) -> Lower:
-    """Return ONNX Runtime's quantiser with one of its calibrators."""
-
-    def lower(exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:
-        with tempfile.TemporaryDirectory() as scratch, quiet():
-            source = Path(scratch) / "source.onnx"
-            onnx.save(onnx_quantize.preprocess(onnx_graph.parse(exported.onnx)), source)
-            quantize_static(
-                source,
-                directory / FILE,
-                _Reader(list(calibration_feeds(exported.signature, calibration))),
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                per_channel=True,
-                reduce_range=True,
-                calibrate_method=CALIBRATORS[observer],
-            )
-        return Lowered(runtime="onnxruntime", files={"main": (FILE,)}, signature=exported.signature)
-
-    return lower
 
 
 def run(resume_dir: Path) -> dict[str, Any]:
@@ -84,7 +46,7 @@ def run(resume_dir: Path) -> dict[str, Any]:
     peers = ["one-line int8"]
     for observer in CALIBRATORS:
         peers.append(f"quantize_static, per channel, 7 bits, {observer}")
-        comparison.add_lowered(peers[-1], peer(observer), observer)
+        comparison.add_lowered(peers[-1], quantize_static_by(observer), observer)
     for name, method in PLANS.items():
         comparison.add(name, Plan().then(method))
     timed = comparison.timed()
@@ -148,7 +110,7 @@ def _calibration(resume_dir: Path) -> dict[str, dict[str, float]]:
             "trimpoint_s": lambda out, formats=formats: runtime.lower(
                 exported, out, formats=formats, calibration=batches
             ),
-            "quantize_static_s": lambda out, observer=observer: peer(observer)(exported, out, batches),
+            "quantize_static_s": lambda out, observer=observer: quantize_static_by(observer)(exported, out, batches),
         }
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(ROUNDS):

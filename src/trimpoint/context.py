@@ -17,16 +17,18 @@ from trimpoint.graph import GridEdit, MaskEdit, OnGrid, bypass_, mask_, masks_of
 from trimpoint.graph.grids import grid_to_data
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
 from trimpoint.graph.scalings import rescale_
+from trimpoint.graph.surgery import tensor_of
 from trimpoint.method import ALL_FACTS, Context, Site
 from trimpoint.parts import Block, Group, MaskSchedule, Scalings
 from trimpoint.plan import Step
+from trimpoint.record import Record
 from trimpoint.recover.batches import epoch_batches, mix
 from trimpoint.recover.distill import Distillation, Lesson, lesson
 from trimpoint.recover.penalty import Penalty
 from trimpoint.recover.recipe import Recovery, check_batches
 from trimpoint.recover.trainer import train
 from trimpoint.task import Task
-from trimpoint.values import Change, ChangeKind, Format
+from trimpoint.values import Format
 
 Progress = Callable[[int, str, float], None]
 
@@ -58,9 +60,8 @@ class _Context(Context):
         self._build, self._step, self._position, self._plan_seed = build, step, position, seed
         self._state, self._progress = state, progress
         self._traits, self._name = step.method.traits, step.method.name
-        self._changes: dict[tuple[str, str], Change] = {}  # by origin, and the part of what stands there now
+        self._record = Record(build, self._name, self._traits.removes)
         self._facts = dict(build.facts)  # when the step began: what it does to one part must not keep it from another
-        self._implied: set[tuple[str, str]] = set()  # parts that are skipped for the reason of another part
         self._blocks: tuple[Block, ...] | None = None
         self._originals = dict(build.original.named_modules(remove_duplicate=False))
         self.task, self.effort = build.task, effort
@@ -135,7 +136,7 @@ class _Context(Context):
                 self.skip(path, error.message)
             return
         for path in paths:
-            self._change("assigned", path, describe(self.get(path)), "channels scaled", reason)
+            self._record.add("assigned", path, describe(self.get(path)), "channels scaled", reason)
 
     def resize(self, removals: Mapping[str, Sequence[int]]) -> None:
         """Remove units from groups, all at once."""
@@ -149,13 +150,15 @@ class _Context(Context):
             removed = f"{len(removals[group.name])} of {group.size} units of `{group.name}`"
             for path in dict.fromkeys(member.path for member in group.members):
                 if reason is None:
-                    self._change("resized", path, before[path][0], describe(self.get(path)), removed)
+                    self._record.add("resized", path, before[path][0], describe(self.get(path)), removed)
                 else:
                     self.skip(path, reason)
         members = {member.path for group in groups for member in group.members}
         for path, module in self.module.named_modules():
             if path not in members and own_shapes(module) != before[path][1]:
-                self._change("resized", path, before[path][0], describe(module), "its parameters are tied with these")
+                self._record.add(
+                    "resized", path, before[path][0], describe(module), "its parameters are tied with these"
+                )
 
     def bypass(self, path: str, reason: str = "") -> None:
         """Replace the block at `path` by one that hands its first input on, or skip it where that does not run."""
@@ -168,8 +171,8 @@ class _Context(Context):
             return
         self._build.edited(edits)
         for inner in below:
-            self._lose(inner)
-        self._change("bypassed", path, before, "Bypass", reason)
+            self._record.lose(inner)
+        self._record.add("bypassed", path, before, "Bypass", reason)
 
     def replace(self, path: str, module: nn.Module, reason: str = "") -> None:
         """Put `module` wherever the module at `path` was used, or skip it where the model does not run with it."""
@@ -184,7 +187,7 @@ class _Context(Context):
             inner = (f"{alias}.{inner}".strip(".") for inner, _ in module.named_modules())
             self._build.origins.update(dict.fromkeys(inner, self._build.origin(alias)))
         self._build.edited(edits)
-        self._change("replaced", path, describe(old), describe(module), reason)
+        self._record.add("replaced", path, describe(old), describe(module), reason)
 
     def mask(
         self,
@@ -204,7 +207,9 @@ class _Context(Context):
         self._build.edited([MaskEdit(path, parameter, schedule_to_data(schedule))])
         held = masks_of(module)[parameter]
         count = held.keep.numel()
-        self._change("masked", path, before, f"{100 * held.removed / count:.4g} % of {count:,} weights zero", reason)
+        self._record.add(
+            "masked", path, before, f"{100 * held.removed / count:.4g} % of {count:,} weights zero", reason
+        )
 
     def put_on_grid(
         self, path: str, scale: Tensor, bits: int, *, axis: int = 0, values: Tensor | None = None, reason: str = ""
@@ -215,28 +220,24 @@ class _Context(Context):
         put_on_grid_(module, "weight", grid, values)
         self._inherit(module)
         self._build.edited([GridEdit(path, "weight", grid_to_data(grid))])
-        self._change("assigned", path, before, f"weight on {2 * grid.top + 1} levels", reason)
+        self._record.add("assigned", path, before, f"weight on {2 * grid.top + 1} levels", reason)
 
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor, under every path that the module has."""
         for alias in self._aliases(self.get(path)):
             self._build.formats.setdefault(alias, {})[tensor] = format
-        old = self._changes.get(self._key(path))
         text = f"{tensor} {format.dtype} per {format.granularity}"
-        added = old is not None and old.kind == "assigned"
-        after, reason = (f"{old.after}, {text}", old.reason) if old is not None and added else (text, "")
-        self._change("assigned", path, describe(self.get(path)), after, reason)
+        self._record.add_to("assigned", path, describe(self.get(path)), text)
+
+    def shift(self, path: str, parameter: str, by: Tensor, reason: str = "") -> None:
+        """Add to a parameter or buffer of one dimension of the module at `path`."""
+        tensor = tensor_of(self.module, path, parameter)
+        tensor.data += by.to(tensor)
+        self._record.add_to("assigned", path, describe(self.get(path)), f"{parameter} shifted", reason)
 
     def skip(self, path: str, reason: str) -> None:
         """Record why a module stays as it is; the first reason counts."""
-        origin, part = self._key(path)
-        told = {other: change for (at, other), change in self._changes.items() if at == origin}
-        if told.keys() & {"", part} or (told and not part) or (origin, part) in self._implied:
-            return
-        if any(change.reason == reason for change in told.values()):
-            self._implied.add((origin, part))
-        else:
-            self._changes[origin, part] = Change(method=self._name, origin=origin, kind="skipped", reason=reason)
+        self._record.skip(path, reason)
 
     @torch.no_grad()
     def calibrate(self, observe: Callable[[str, nn.Module, tuple[Any, ...], Any], None], paths: Sequence[str]) -> int:
@@ -273,7 +274,7 @@ class _Context(Context):
             model.eval()
         after = f"{done.steps:,} steps of {settings.optimizer}, loss {done.first_loss:.4g} → {done.last_loss:.4g}"
         where = "" if self._step.where == EVERYTHING else f"at {self._step.where}"
-        self._change("trained", "", "", after, f"went on from step {done.resumed:,}" if done.resumed else where)
+        self._record.add("trained", "", "", after, f"went on from step {done.resumed:,}" if done.resumed else where)
 
     def report(self, text: str, share: float) -> None:
         """Tell how far the step is."""
@@ -284,38 +285,9 @@ class _Context(Context):
         """Give what was in scope and not mentioned a reason, and hand the step's changes over."""
         for path, reason in self._unmentioned():
             self.skip(path, reason)
-        self._build.changes += self._changes.values()
+        self._build.changes += self._record.changes.values()
 
     # Inside
-
-    def _change(self, kind: ChangeKind, path: str, before: str, after: str, reason: str) -> None:
-        origin, part = self._key(path)
-        old = self._changes.get((origin, ""))
-        if kind == "resized" and old is not None and old.kind == "replaced":  # a part of what this step put there
-            parts = [other for other, _ in self.module.named_modules() if self._build.origin(other) == origin]
-            after = describe(self.get(min(parts, key=len)))
-            kind, before, part = "replaced", old.before, ""
-            reason = old.reason if reason in old.reason else f"{old.reason}; {reason}"
-        elif part:
-            before = f"its `{part}`, {before}"
-            if old is not None and old.kind == "skipped":
-                del self._changes[origin, ""]
-        self._changes[origin, part] = Change(
-            method=self._name, origin=origin, kind=kind, before=before, after=after, reason=reason
-        )
-        self._lose(path)
-
-    def _key(self, path: str) -> tuple[str, str]:
-        """Return the origin of a module, and its path below what stands in the place of that now."""
-        path = owner_of(path)
-        origin, names = self._build.origin(path), path.split(".") if path else []
-        heads = (".".join(names[:count]) for count in range(len(names) + 1))
-        whole = next(head for head in heads if self._build.origin(head) == origin)
-        return origin, path[len(whole) :].lstrip(".")
-
-    def _lose(self, path: str) -> None:
-        origin = self._build.origin(path)
-        self._build.facts[origin] = self._build.facts.get(origin, ALL_FACTS) & ~self._traits.removes
 
     def _missing(self, path: str) -> str:
         """Return why the required facts do not hold, empty where they do."""
@@ -363,7 +335,7 @@ class _Context(Context):
                 yield owner, MASKED.format(owner)
             elif acts_on == "groups" and any(p.ndim > 1 for p in module.parameters(recurse=False)):
                 yield path, "no removable group begins here"
-        if not self._changes:
+        if not self._record.changes:
             yield "", f"nothing in scope that {self._name} acts on"
 
     def _aliases(self, module: nn.Module) -> list[str]:

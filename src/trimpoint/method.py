@@ -274,6 +274,10 @@ class Context(ABC):
         """Decide the number format of a tensor of the module at `path`; the runtime realises it."""
 
     @abstractmethod
+    def shift(self, path: str, parameter: str, by: "Tensor", reason: str = "") -> None:
+        """Add `by` to a parameter or buffer of one dimension (a bias, a mean) of the module at `path`."""
+
+    @abstractmethod
     def report(self, text: str, share: float) -> None:
         """Tell what is being done, and which share of the step is done."""
 

@@ -1,5 +1,7 @@
 """Which tensors get which format, and that the module stays as it is."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -244,3 +246,39 @@ def test_layers_are_seen_in_parts_where_their_products_do_not_fit(monkeypatch):
     assert list(grids[0]) == list(grids[1]) == ["0", "1", "2", "3"]
     assert all((grids[0][path].codes == grids[1][path].codes).all() for path in ("0", "1"))
     assert not (grids[0]["3"].codes == grids[1]["3"].codes).all()  # seen through rounded layers
+
+
+class Normed(nn.Module):
+    """A layer with a batch norm behind it, one with a bias, and one that has neither."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4)
+        self.head = nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        return self.head(self.grouped(self.norm(self.conv(x)).relu()).mean((2, 3)))
+
+
+def test_corrected_biases_take_the_mean_error_back():
+    torch.manual_seed(0)
+    model = Normed().eval()
+    inputs = torch.randn(64, 3, 8, 8) + 2.0
+    with torch.no_grad():
+        model.norm.running_mean.copy_(model.conv(inputs).mean((0, 2, 3)))
+    task = Task(calibrate=TensorDataset(inputs, torch.zeros(64)), batch_size=16)
+    plain = QuantizeStatic(bits=3, weights="weight-error")
+    errors = {}
+    for corrected in (False, True):
+        plan = Plan().then(dataclasses.replace(plain, correct_bias=corrected))
+        made = compress(model, plan, task)
+        with torch.no_grad():
+            first, second = (m.norm(m.conv(inputs)).mean((0, 2, 3)) for m in (model, made.module))
+            given = model.norm(model.conv(inputs)).relu()  # each layer is corrected for what it saw
+            third, fourth = (m.grouped(given).mean((0, 2, 3)) for m in (model, made.module))
+        errors[corrected] = float((first - second).abs().max()), float((third - fourth).abs().max())
+        shifted = {c.origin for c in made.changes if "shifted" in c.after}
+        assert shifted == ({"norm", "grouped"} if corrected else set())
+    assert min(errors[False]) > 0.02
+    assert max(errors[True]) < 1e-4

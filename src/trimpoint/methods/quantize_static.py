@@ -38,7 +38,8 @@ class QuantizeStatic(Method):
         4-bit quantization of convolutional networks" (2019), for squared error; ONNX Runtime, "Quantize ONNX models",
         for `reduce_range` on CPUs whose 16-bit sums saturate; Frantar et al., "GPTQ: accurate post-training
         quantization for generative pre-trained transformers" (2023); Nagel et al., "Up or down? Adaptive rounding for
-        post-training quantization" (2020).
+        post-training quantization" (2020); Nagel et al., "Data-free quantization through weight equalization and
+        bias correction" (2019), for corrected biases.
     """
 
     granularity: str = param(
@@ -57,6 +58,11 @@ class QuantizeStatic(Method):
         "nearest",
         doc="of weights: to the nearest number, or by what the layer multiplies them with",
         choices=("nearest", "gptq", "adaround"),
+    )
+    correct_bias: bool = param(
+        False,
+        doc="take the mean error of rounded weights from biases, or from the batch norms behind; where scales are by "
+        "`output-error` it is gone already",
     )
     observer: str = param(
         "minmax",
@@ -88,7 +94,8 @@ class QuantizeStatic(Method):
     @property
     def _chosen(self) -> bool:
         """Whether the integers of the weights are chosen here; the runtime rounds 8 bits to nearest by itself."""
-        return self.bits < 8 or self.rounding != "nearest" or self.weights not in ("auto", "largest")
+        by_inputs = self.rounding != "nearest" or self.weights not in ("auto", "largest")
+        return self.bits < 8 or by_inputs or self.correct_bias
 
     def apply(self, ctx: Context) -> None:
         """Assign formats to weight and input of every module in scope, and choose integers where that is asked for."""
@@ -106,7 +113,7 @@ class QuantizeStatic(Method):
                 sites = [site for site in sites if site.path in chosen]
             bits = 7 if self.bits == 8 and self.reduce_range else self.bits
             scale = "output-error" if self.weights == "auto" else self.weights
-            round_weights(ctx, chosen, bits, self.rounding, scale)
+            round_weights(ctx, chosen, bits, self.rounding, scale, correct_bias=self.correct_bias)
         granularity = cast(Literal["channel", "tensor"], self.granularity)
         weight = Format(
             dtype=f"int{self.bits}",

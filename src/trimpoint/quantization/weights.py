@@ -1,12 +1,12 @@
 """Choosing the integers of the weights of linear layers and convolutions, as a step of a plan."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from trimpoint.errors import DataError
+from trimpoint.errors import DataError, TraceError
 from trimpoint.graph import kept_by, why_not_held
 from trimpoint.method import Context
 from trimpoint.quantization.rounding import adaround, best_scale, error_of, gptq, nearest, widest_scale
@@ -24,7 +24,9 @@ def why_no_grid(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def round_weights(ctx: Context, paths: Sequence[str], bits: int, rounding: str, scale: str) -> None:
+def round_weights(
+    ctx: Context, paths: Sequence[str], bits: int, rounding: str, scale: str, *, correct_bias: bool = False
+) -> None:
     """Put weights on grids of `bits` bits, a scale for each output channel.
 
     A layer of which it cannot be told what it multiplies with has scales of the least error of its weight instead of
@@ -38,15 +40,20 @@ def round_weights(ctx: Context, paths: Sequence[str], bits: int, rounding: str, 
         rounding: `"nearest"`, or one of `RULES`.
         scale: `"largest"`: the largest weight has the greatest code; `"weight-error"`, `"output-error"`: that of the
             least error of the weight, or of what the layer computes on the calibration data.
+        correct_bias: take from biases (without one, from the batch norm behind) by what rounding shifts the mean of
+            outputs, (Q − W) E[x], as in Nagel et al., "Data-free quantization through weight equalization and bias
+            correction" (2019), section 4.2.
 
     Raises:
         DataError: if the task has no calibration data, or a layer reads what is not finite.
     """
     modules = {path: ctx.get(path) for path in paths}
     plain = {path: module for path, module in modules.items() if not own_forward(module)}
-    needed = plain if rounding in RULES or scale == "output-error" else {}
+    products = rounding in RULES or scale == "output-error"
+    needed = plain if products or correct_bias else {}
+    norms = _norms(ctx) if correct_bias else {}
     left, top = dict(modules), _top(bits)
-    for done, (path, seen) in enumerate(gather(ctx, needed, products=True)):
+    for done, (path, seen) in enumerate(gather(ctx, needed, products=products)):
         ctx.report(f"choosing integers of {path}", done / len(modules))
         if seen.total is None:
             continue
@@ -55,9 +62,13 @@ def round_weights(ctx: Context, paths: Sequence[str], bits: int, rounding: str, 
                 f"The calibration data leads to values that are not finite at the input of `{path}`.",
                 "check it for outliers and NaNs",
             )
-        values, sizes = _by_inputs(left.pop(path), seen, top, rounding, scale)
+        module = left.pop(path)
+        before = cast(Tensor, module.weight).detach().double()
+        values, sizes = _by_inputs(module, seen, top, rounding, scale)
         reason = f"scale by {scale}, {rounding}, on {seen.positions:,} positions"
         ctx.put_on_grid(path, sizes, bits, values=values, reason=reason)
+        if correct_bias:
+            _correct(ctx, path, values.double() - before, seen, norms)
     for path, module in left.items():
         weight = cast(Tensor, module.weight).detach()
         axis = 1 if isinstance(module, _TRANSPOSED) else 0
@@ -66,6 +77,25 @@ def round_weights(ctx: Context, paths: Sequence[str], bits: int, rounding: str, 
         values = nearest(rows.flatten(1), sizes, top).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
         reason = f"scale by {'largest' if scale == 'largest' else 'weight-error'}, nearest"
         ctx.put_on_grid(path, sizes, bits, axis=axis, values=values, reason=reason)
+
+
+def _norms(ctx: Context) -> Mapping[str, str]:
+    try:
+        return ctx.scalings().norms
+    except TraceError:  # layers with a bias of their own need none
+        return {}
+
+
+def _correct(ctx: Context, path: str, wrong: Tensor, seen: InputStatistics, norms: Mapping[str, str]) -> None:
+    """Take back the mean error of a layer whose weight is wrong by `wrong`."""
+    module = ctx.get(path)
+    means = cast(Tensor, seen.sums) / seen.positions
+    rows = as_matrix(wrong).chunk(groups_of(module))
+    shift = torch.cat([part @ mean for part, mean in zip(rows, means, strict=True)])
+    if isinstance(module.bias, Tensor):
+        ctx.shift(path, "bias", -shift, "mean error taken back")
+    elif path in norms:
+        ctx.shift(norms[path], "running_mean", shift, f"mean error of `{path}` taken back")
 
 
 def _by_inputs(module: nn.Module, seen: InputStatistics, top: int, rounding: str, scale: str) -> tuple[Tensor, Tensor]:

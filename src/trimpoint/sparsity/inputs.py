@@ -88,17 +88,20 @@ class InputStatistics:
         products: whether to sum XᵀX, or only its diagonal.
         positions: that were seen.
         total: XᵀX `[groups, inputs, inputs]`, or its diagonal `[groups, inputs]`, float64; `None` before the first.
+        sums: of each input, `[groups, inputs]`, float64.
     """
 
     products: bool
     positions: int = 0
     total: Tensor | None = field(default=None, repr=False)
+    sums: Tensor | None = field(default=None, repr=False)
 
     def add(self, module: nn.Module, inputs: Tensor) -> None:
         """Add the inputs of one call of the layer."""
         for piece in unfolded(module, inputs):
             more = piece.transpose(1, 2) @ piece if self.products else piece.square().sum(1)
             self.total = more if self.total is None else self.total + more
+            self.sums = piece.sum(1) if self.sums is None else self.sums + piece.sum(1)
             self.positions += piece.shape[1]
 
 

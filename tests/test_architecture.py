@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("errors", "values", "annotations", "parts", "filters", "signature"),
         *("progress", "budget", "reference", "extras", "storage", "quiet"),
     ),
-    ("score", "data", "losses", "method", "registry", "padding", "task", "target", "plan"),
+    ("score", "data", "losses", "params", "method", "registry", "padding", "task", "target", "plan"),
     (
         *("graph", "measure", "runtimes", "recover", "importance"),
         *("low_rank", "methods", "quantization", "sparsity", "demo"),

@@ -104,6 +104,16 @@ class Build:
         """Return the path that a module had in the unmodified model."""
         return self.origins.get(path, path)
 
+    def aliases(self, module: nn.Module) -> list[str]:
+        """Return all paths at which the model holds a module."""
+        return [path for path, other in self.module.named_modules(remove_duplicate=False) if other is module]
+
+    def inherit(self, module: nn.Module) -> None:
+        """Give the parts of a module the origin that it has."""
+        for alias in self.aliases(module):
+            inner = (f"{alias}.{name}".strip(".") for name, _ in module.named_modules())
+            self.origins.update(dict.fromkeys(inner, self.origin(alias)))
+
     def edited(self, edits: Sequence[Edit]) -> None:
         """Record edits of the structure, and forget what was known of it."""
         self.edits += edits

@@ -25,8 +25,9 @@ class Compressed:
     """What a plan made of a model.
 
     Args:
-        module: a plain module in evaluation mode. Weights that are held at zero are computed with a mask, which lasts
-            through training; `trimpoint.bake` makes plain weights of them, to save or hand on.
+        module: a plain module in evaluation mode. Weights that are held at zero or on a grid of integers are computed
+            with a mask or from the grid, which lasts through training; `trimpoint.bake` makes plain weights of them, to
+            save or hand on.
         plan: that made it.
         changes: what each step did to each module in its scope, or why it did nothing.
         edits: of the structure, in a closed vocabulary, for rebuilding it.

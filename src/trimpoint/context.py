@@ -13,7 +13,20 @@ from torch import Tensor, nn
 from trimpoint.build import Build, describe, observed, own_shapes, type_names
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
-from trimpoint.graph import GridEdit, MaskEdit, OnGrid, bypass_, mask_, masks_of, put_on_grid_, remove_units_, replace_
+from trimpoint.graph import (
+    GridEdit,
+    InputGrid,
+    InputGridEdit,
+    MaskEdit,
+    OnGrid,
+    bypass_,
+    mask_,
+    masks_of,
+    put_input_on_grid_,
+    put_on_grid_,
+    remove_units_,
+    replace_,
+)
 from trimpoint.graph.grids import grid_to_data
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
 from trimpoint.graph.scalings import rescale_
@@ -177,7 +190,7 @@ class _Context(Context):
     def replace(self, path: str, module: nn.Module, reason: str = "") -> None:
         """Put `module` wherever the module at `path` was used, or skip it where the model does not run with it."""
         old = self.get(path)
-        aliases = self._aliases(old)
+        aliases = self._build.aliases(old)
         try:
             self._build.module, edits = replace_(self.module, path, module, self._build.example())
         except SurgeryError as error:
@@ -203,7 +216,7 @@ class _Context(Context):
         module = self.get(path)
         before = describe(module)
         mask_(module, parameter, keep, schedule, values)
-        self._inherit(module)
+        self._build.inherit(module)
         self._build.edited([MaskEdit(path, parameter, schedule_to_data(schedule))])
         held = masks_of(module)[parameter]
         count = held.keep.numel()
@@ -212,19 +225,38 @@ class _Context(Context):
         )
 
     def put_on_grid(
-        self, path: str, scale: Tensor, bits: int, *, axis: int = 0, values: Tensor | None = None, reason: str = ""
+        self,
+        path: str,
+        scale: Tensor,
+        bits: int,
+        *,
+        axis: int = 0,
+        values: Tensor | None = None,
+        learned: bool = False,
+        reason: str = "",
     ) -> None:
         """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file."""
-        module, grid = self.get(path), OnGrid(scale.detach().float().clone(), bits, axis)
+        module, grid = self.get(path), OnGrid(scale.detach().float().clone(), bits, axis, learned=learned)
         before = describe(module)
         put_on_grid_(module, "weight", grid, values)
-        self._inherit(module)
+        self._build.inherit(module)
         self._build.edited([GridEdit(path, "weight", grid_to_data(grid))])
         self._record.add("assigned", path, before, f"weight on {2 * grid.top + 1} levels", reason)
 
+    def round_input(self, paths: Sequence[str], low: float, high: float) -> None:
+        """Round what modules read, the same tensor, to 8 bits, between numbers that training learns."""
+        modules = [self.get(path) for path in paths]
+        grid = InputGrid(low, high).to(next(modules[0].parameters()).device)
+        put_input_on_grid_(modules, grid)
+        for module in modules:
+            self._build.inherit(module)
+        self._build.edited([InputGridEdit(paths[0], tuple(paths[1:]), grid.bits, low == 0)])
+        for path in paths:
+            self._record.add_to("assigned", path, describe(self.get(path)), "range of its input learned")
+
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor, under every path that the module has."""
-        for alias in self._aliases(self.get(path)):
+        for alias in self._build.aliases(self.get(path)):
             self._build.formats.setdefault(alias, {})[tensor] = format
         text = f"{tensor} {format.dtype} per {format.granularity}"
         self._record.add_to("assigned", path, describe(self.get(path)), text)
@@ -337,15 +369,6 @@ class _Context(Context):
                 yield path, "no removable group begins here"
         if not self._record.changes:
             yield "", f"nothing in scope that {self._name} acts on"
-
-    def _aliases(self, module: nn.Module) -> list[str]:
-        return [path for path, other in self.module.named_modules(remove_duplicate=False) if other is module]
-
-    def _inherit(self, module: nn.Module) -> None:
-        """Give the parts of a module the origin that it has."""
-        for alias in self._aliases(module):
-            inner = (f"{alias}.{name}".strip(".") for name, _ in module.named_modules())
-            self._build.origins.update(dict.fromkeys(inner, self._build.origin(alias)))
 
     def _out_of_scope_parameters(self) -> list[nn.Parameter]:
         inside = {

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from trimpoint.annotations import annotations_of, fits, in_words
 from trimpoint.errors import InvalidParameterError
+from trimpoint.params import Bounds, param, wrong_param
 from trimpoint.parts import Block, Group, MaskSchedule, Scalings
 from trimpoint.values import Format
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from trimpoint.recover.penalty import Penalty
     from trimpoint.recover.recipe import Recovery
     from trimpoint.task import Task
+
+
+__all__ = ["ALL_FACTS", "Bounds", "Context", "Fact", "Method", "Need", "Site", "Stage", "Traits", "param"]
 
 
 class Stage(enum.IntEnum):
@@ -82,66 +85,6 @@ class Traits:
     reduces: frozenset[str] = frozenset()
     needs: frozenset[Need] = frozenset()
     status: Literal["stable", "experimental"] = "stable"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """A range of numbers: each end open (`gt`, `lt`), closed (`ge`, `le`) or absent."""
-
-    gt: float | None = None
-    ge: float | None = None
-    lt: float | None = None
-    le: float | None = None
-
-    def contains(self, value: float) -> bool:
-        """Return whether `value` is inside; NaN never is."""
-        return (
-            value == value
-            and (self.gt is None or value > self.gt)
-            and (self.ge is None or value >= self.ge)
-            and (self.lt is None or value < self.lt)
-            and (self.le is None or value <= self.le)
-        )
-
-    def __str__(self) -> str:
-        low = f"({self.gt:g}" if self.gt is not None else f"[{self.ge:g}" if self.ge is not None else "(-inf"
-        high = f"{self.lt:g})" if self.lt is not None else f"{self.le:g}]" if self.le is not None else "inf)"
-        return f"{low}, {high}"
-
-
-_MISSING: Any = object()
-
-
-def param(
-    default: Any,
-    *,
-    doc: str,
-    bounds: Bounds | None = None,
-    choices: Sequence[str] | None = None,
-    reference: bool = False,
-    noop: Any = _MISSING,
-    weak: Any = _MISSING,
-    search: Sequence[Any] | None = None,
-) -> Any:
-    """Declare a hyper-parameter of a method, once and for all its uses.
-
-    Args:
-        default: its value when it is not given.
-        doc: what it means, with its unit.
-        bounds: the numbers it may take.
-        choices: the words it may take.
-        reference: whether it may also name an object of the user's own, `package.module:attribute`.
-        noop: the value at which the method changes nothing at all.
-        weak: a value at which it changes less than at its default (for the check that the error falls with strength).
-        search: the values that a search tries, weakest first.
-    """
-    metadata: dict[str, Any] = {"doc": doc, "bounds": bounds, "search": search, "reference": reference}
-    metadata["choices"] = tuple(choices) if choices else None
-    if noop is not _MISSING:
-        metadata["noop"] = noop
-    if weak is not _MISSING:
-        metadata["weak"] = weak
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +199,15 @@ class Context(ABC):
 
     @abstractmethod
     def put_on_grid(
-        self, path: str, scale: "Tensor", bits: int, *, axis: int = 0, values: "Tensor | None" = None, reason: str = ""
+        self,
+        path: str,
+        scale: "Tensor",
+        bits: int,
+        *,
+        axis: int = 0,
+        values: "Tensor | None" = None,
+        learned: bool = False,
+        reason: str = "",
     ) -> None:
         """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file.
 
@@ -266,7 +217,18 @@ class Context(ABC):
             bits: of a code: at most `2 ** (bits - 1) - 1` steps to either side of zero.
             axis: the weight's dimension of output channels.
             values: that the weight takes before, such as the result of a rounding that looks at more than one number.
+            learned: whether training learns the scales too.
             reason: how scales and integers were chosen.
+        """
+
+    @abstractmethod
+    def round_input(self, paths: Sequence[str], low: float, high: float) -> None:
+        """Round what modules read, one and the same tensor, to 8 bits, between numbers that training learns.
+
+        Args:
+            paths: of the modules.
+            low: least level at first, at most 0; where it is 0 it stays.
+            high: greatest level at first.
         """
 
     @abstractmethod
@@ -320,7 +282,7 @@ class Method(ABC):
     traits: ClassVar[Traits]
 
     def __post_init__(self) -> None:
-        problems = [problem for field in dataclasses.fields(self) if (problem := _check(self, field))]
+        problems = [problem for field in dataclasses.fields(self) if (problem := wrong_param(self, field))]
         if problems:
             text = problems[0] if len(problems) == 1 else "\n".join(f"{i}. {p}" for i, p in enumerate(problems, 1))
             raise InvalidParameterError(text, f"see `trimpoint methods {self.name}`")
@@ -372,18 +334,3 @@ class Method(ABC):
             groups: of the unmodified model that can be cut.
         """
         return {}
-
-
-def _check(method: Method, field: "dataclasses.Field[Any]") -> str | None:
-    value, bounds, choices = getattr(method, field.name), field.metadata.get("bounds"), field.metadata.get("choices")
-    head = f"The {field.name!r} parameter of {type(method).__name__} must be"
-    refers = bool(field.metadata.get("reference"))
-    if choices and value not in choices and not (refers and isinstance(value, str) and ":" in value):
-        own = ", or `package.module:attribute`" if refers else ""
-        return f"{head} one of {', '.join(map(repr, choices))}{own}. Got {value!r}."
-    kind = annotations_of(type(method)).get(field.name, Any)
-    if not fits(value, kind):
-        return f"{head} {in_words(kind)}. Got {value!r}."
-    if bounds and value is not None and not bounds.contains(value):
-        return f"{head} in the range {bounds}. Got {value!r}."
-    return None

@@ -8,6 +8,8 @@ from torch import nn
 
 from tests.runtimes import networks
 from trimpoint.errors import DataError
+from trimpoint.quantization.histogram import Histogram
+from trimpoint.quantization.ranges import range_of
 from trimpoint.runtimes import observe as observing
 from trimpoint.runtimes import onnx_graph, onnx_quantize
 from trimpoint.runtimes.base import calibration_feeds
@@ -45,9 +47,9 @@ def test_ranges_are_those_of_the_values_however_batches_are_cut(cnn, monkeypatch
     with torch.no_grad():
         inside = module[:2](torch.from_numpy(images())).numpy()
     for name, values in ((first, images()), (second, inside)):
-        histogram = observing.Histogram()
+        histogram = Histogram()
         histogram.add(values)
-        expected = observing.range_of(histogram, kind)
+        expected = range_of(histogram, kind)
         assert found[name] == pytest.approx(expected, rel=1e-2, abs=1e-4)
         assert found[name][0] <= 0.0 <= found[name][1]
 

@@ -8,15 +8,21 @@ import onnxruntime
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from tests.runtimes import networks
+from trimpoint.compress import compress
 from trimpoint.data import as_numpy
 from trimpoint.errors import MissingDependencyError
-from trimpoint.graph import OnGrid, put_on_grid_
+from trimpoint.graph import OnGrid, baked, input_ranges, put_on_grid_
+from trimpoint.methods.finetune import Finetune
+from trimpoint.methods.quantize_static import QuantizeStatic
+from trimpoint.plan import Plan
 from trimpoint.quantization.grid import Grid
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.export import export
 from trimpoint.runtimes.verify import check_parity
+from trimpoint.task import Task
 from trimpoint.values import Format
 
 RUNTIME = get_runtime("onnxruntime")
@@ -226,3 +232,30 @@ def test_two_formats_for_one_tensor_are_told(tmp_path):
     }
     lowered = RUNTIME.lower(exported, tmp_path, formats=formats, calibration=[torch.randn(16, 8).numpy()])
     assert lowered.unmapped == ("b: its input is also that of another module, whose settings are used",)
+
+
+def test_what_training_learned_reaches_the_file(tmp_path):
+    """Ranges and steps learned with batch norms between: the file answers as the simulation does."""
+    torch.manual_seed(0)
+    model = Mixed().eval()
+    inputs = torch.randn(64, 3, 8, 8)
+    data = TensorDataset(inputs, torch.arange(64) % 5)
+    task = Task.classification(data, data).with_(calibrate=data)
+    plan = Plan().then(QuantizeStatic(bits=4, learned_steps=True), Finetune(epochs=3, lr=0.05))
+    before = compress(model, plan.prefix(1), task).module
+    made = compress(model, plan, task)
+    module = made.module
+    assert input_ranges(module)["head"] != input_ranges(before)["head"]
+    assert not torch.equal(module.norm.running_mean, before.norm.running_mean)
+    exported = export(module, inputs[:2], {"input": {0: "batch"}})
+    lowered = RUNTIME.lower(exported, tmp_path, formats=made.formats, calibration=[inputs.numpy()])
+    assert lowered.unmapped == ()
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    scales = [float(value) for value in stored.values() if value.dtype == np.float32 and value.size == 1]
+    for low, high in exported.ranges.values():
+        assert any(scale == pytest.approx((high - low) / 255, rel=1e-5) for scale in scales)
+    opened = RUNTIME.open(tmp_path, lowered)
+    simulated, plain = (check_parity(each, opened, [inputs]).sqnr_db for each in (module, baked(module)))
+    assert simulated > 30
+    assert simulated > plain

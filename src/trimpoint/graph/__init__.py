@@ -1,11 +1,12 @@
 """The structure of PyTorch models: traced, read as coupled groups and blocks, edited in place, rebuilt elsewhere."""
 
 from trimpoint.graph.blocks import find_blocks
-from trimpoint.graph.edits import GridEdit, MaskEdit
+from trimpoint.graph.edits import GridEdit, InputGridEdit, MaskEdit
 from trimpoint.graph.grids import OnGrid, grids_of, put_on_grid_
 from trimpoint.graph.groups import coupled_groups
 from trimpoint.graph.held import bake_, baked, why_not_held
 from trimpoint.graph.hidden_heads import find_groups
+from trimpoint.graph.input_grids import InputGrid, input_ranges, put_input_on_grid_
 from trimpoint.graph.layers import LowRank
 from trimpoint.graph.masks import Mask, ScheduledMask, kept_by, mask_, masks_of
 from trimpoint.graph.pruned_attention import PrunedAttention, pruned_attention, why_unprunable
@@ -32,6 +33,8 @@ __all__ = [
     "BypassEdit",
     "Edit",
     "GridEdit",
+    "InputGrid",
+    "InputGridEdit",
     "LowRank",
     "Mask",
     "MaskEdit",
@@ -51,10 +54,12 @@ __all__ = [
     "find_blocks",
     "find_groups",
     "grids_of",
+    "input_ranges",
     "kept_by",
     "mask_",
     "masks_of",
     "pruned_attention",
+    "put_input_on_grid_",
     "put_on_grid_",
     "rebuild",
     "remove_units_",

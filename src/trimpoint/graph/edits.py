@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trimpoint.errors import ArtifactError, SurgeryError, suggest
 from trimpoint.graph.bypass import PLAIN, Bypass
 from trimpoint.graph.grids import check_grid, put_stored_grid_
+from trimpoint.graph.input_grids import InputGrid, check_input_grid, put_input_on_grid_
 from trimpoint.graph.layers import check_layer, layer_from_data
 from trimpoint.graph.masks import check_schedule, mask_, schedule_from_data
 
@@ -74,7 +75,20 @@ class GridEdit:
     grid: Mapping[str, int]
 
 
-Edit = BypassEdit | ResizeEdit | AttributeEdit | ReplaceEdit | MaskEdit | GridEdit
+@dataclass(frozen=True)
+class InputGridEdit:
+    """Round what the module at `path`, and those at `also`, read: see `trimpoint.graph.input_grids`.
+
+    The ends of the range are part of the module's state; `zero`: the least level is 0 and stays it.
+    """
+
+    path: str
+    also: tuple[str, ...]
+    bits: int
+    zero: bool
+
+
+Edit = BypassEdit | ResizeEdit | AttributeEdit | ReplaceEdit | MaskEdit | GridEdit | InputGridEdit
 _KINDS: dict[str, type[Any]] = {
     "bypass": BypassEdit,
     "resize": ResizeEdit,
@@ -82,6 +96,7 @@ _KINDS: dict[str, type[Any]] = {
     "replace": ReplaceEdit,
     "mask": MaskEdit,
     "grid": GridEdit,
+    "input-grid": InputGridEdit,
 }
 _FIELDS = {kind: {field.name for field in fields(edit)} - {"path"} for kind, edit in _KINDS.items()}
 
@@ -150,6 +165,10 @@ def _edit(entry: Any, where: str) -> Edit:
         if problem:
             raise ArtifactError(f"The {where} makes no {kind}: {problem}.")
         return cast(Edit, _KINDS[kind](**{key: value for key, value in entry.items() if key != "edit"}))
+    if kind == "input-grid":
+        if problem := check_input_grid(entry):
+            raise ArtifactError(f"The {where} makes no grid: {problem}.")
+        return InputGridEdit(entry["path"], tuple(entry["also"]), entry["bits"], entry["zero"])
     name, value = entry["name"], entry["value"]
     if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
         raise ArtifactError(f"The {where} sets {name!r}.", "only public attributes that state a size can be set")
@@ -235,6 +254,9 @@ def apply_edits_(module: nn.Module, edits: Sequence[Edit]) -> nn.Module:
             mask_(target, edit.parameter, None, schedule_from_data(edit.schedule))
         elif isinstance(edit, GridEdit):
             put_stored_grid_(target, edit.parameter, edit.grid)
+        elif isinstance(edit, InputGridEdit):
+            grid = InputGrid(0.0 if edit.zero else -1.0, 1.0, edit.bits)
+            put_input_on_grid_([target, *(_get(module, path) for path in edit.also)], grid)
         else:
             _set_size(target, edit)
     return module

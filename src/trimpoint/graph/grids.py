@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from trimpoint.errors import SurgeryError
 from trimpoint.graph.held import Held, held_by, hold_, parameter_behind
+from trimpoint.graph.input_grids import rounded, slowed
 from trimpoint.quantization.grid import Grid
 
 BITS = (2, 8)
+_LEAST = 1e-30
 
 
 class OnGrid(Held):
@@ -27,11 +29,13 @@ class OnGrid(Held):
             stays of its type whatever becomes of the module, and numbers are rounded in that type.
         bits: of a code, 2 to 8.
         axis: the dimension of the output channels.
+        learned: whether training learns the scales too.
 
     Attributes:
-        scale: a buffer.
+        scale: a buffer, or a parameter where it is learned.
 
     References:
+        Esser, McKinstry, Bablani, Appuswamy and Modha, "Learned step size quantization" (2020), for learned scales;
         Jacob et al. (2018); Bengio, Léonard, Courville, "Estimating or propagating gradients through stochastic
         neurons for conditional computation" (2013), for the gradient.
     """
@@ -39,17 +43,20 @@ class OnGrid(Held):
     order = 1
     scale: Tensor
 
-    def __init__(self, scale: Tensor, bits: int, axis: int = 0) -> None:
+    def __init__(self, scale: Tensor, bits: int, axis: int = 0, *, learned: bool = False) -> None:
         super().__init__()
-        self.bits, self.axis = bits, axis
-        self.register_buffer("scale", scale)
+        self.bits, self.axis, self.learned = bits, axis, learned
+        if learned:
+            self.scale = nn.Parameter(scale)
+        else:
+            self.register_buffer("scale", scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight on the grid."""
         steps, top = self._along(weight), self.top
-        inside = torch.clamp(weight.float() / steps, -top, top)
-        codes = inside + (torch.round(inside) - inside).detach()
-        return (codes * steps).to(weight.dtype)
+        if self.learned:
+            steps = slowed(steps, (top * weight.numel() / steps.numel()) ** -0.5)
+        return (rounded(torch.clamp(weight.float() / steps, -top, top)) * steps).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the parameter for a weight that is assigned: the weight."""
@@ -67,14 +74,15 @@ class OnGrid(Held):
     def _along(self, weight: Tensor) -> Tensor:
         shape = [1] * weight.ndim
         shape[self.axis] = -1
-        return self.scale.view(shape)
+        # A step of a learned scale beyond zero turns all signs of its weights.
+        return (self.scale.abs().clamp_min(_LEAST) if self.learned else self.scale).view(shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OnGrid":
         """Follow the module to another device, but not to a shorter type: codes would not be the same any more."""
-        scale = self.scale
+        scale = self.scale.detach()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.scale.device)
+            self.scale.data = scale.to(self.scale.device)
         return self
 
     def extra_repr(self) -> str:
@@ -111,7 +119,8 @@ def put_stored_grid_(module: nn.Module, parameter: str, data: Mapping[str, int])
         SurgeryError: as `put_on_grid_`; before anything of the size that the data names is made.
     """
     _check_fit(parameter_behind(module, parameter), data["axis"], data["scales"])
-    put_on_grid_(module, parameter, OnGrid(torch.ones(data["scales"]), data["bits"], data["axis"]))
+    grid = OnGrid(torch.ones(data["scales"]), data["bits"], data["axis"], learned=bool(data["learned"]))
+    put_on_grid_(module, parameter, grid)
 
 
 def wrong_scales(module: nn.Module) -> list[str]:
@@ -139,20 +148,21 @@ def grids_of(module: nn.Module) -> dict[str, Grid]:
         if chain is not None and isinstance(chain[-1], OnGrid):
             grid = chain[-1]
             codes = grid.codes(cast(Tensor, part.weight)).cpu().numpy()
-            found[path] = Grid(codes=codes, scale=grid.scale.double().cpu().numpy(), axis=grid.axis, bits=grid.bits)
+            scale = grid._along(cast(Tensor, part.weight)).flatten().double().cpu().numpy()
+            found[path] = Grid(codes=codes, scale=scale, axis=grid.axis, bits=grid.bits)
     return found
 
 
 def check_grid(data: Any) -> str:
     """Return what is wrong with the JSON form of a grid, or `""`."""
-    if not isinstance(data, Mapping) or set(data) != {"bits", "axis", "scales"}:
-        return f"a grid has bits, axis and scales. Got {data!r}"
-    bad = [key for key, value in data.items() if type(value) is not int]
+    if not isinstance(data, Mapping) or set(data) != {"bits", "axis", "scales", "learned"}:
+        return f"a grid has bits, axis, scales, and whether they are learned. Got {data!r}"
+    bad = [key for key, value in data.items() if type(value) is not (bool if key == "learned" else int)]
     if bad or not (BITS[0] <= data["bits"] <= BITS[1] and 0 <= data["axis"] < 8 and 1 <= data["scales"] < 1 << 31):
         return f"it has 2 to 8 bits, a dimension and a number of scales. Got {data!r}"
     return ""
 
 
-def grid_to_data(grid: OnGrid) -> dict[str, int]:
+def grid_to_data(grid: OnGrid) -> dict[str, int | bool]:
     """Return the JSON form of a grid; its scales are part of the module's state."""
-    return {"bits": grid.bits, "axis": grid.axis, "scales": grid.scale.numel()}
+    return {"bits": grid.bits, "axis": grid.axis, "scales": grid.scale.numel(), "learned": grid.learned}

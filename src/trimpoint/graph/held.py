@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from trimpoint.errors import SurgeryError
+from trimpoint.graph.input_grids import input_ranges, take_off_grids_
 
 
 class Held(nn.Module):
@@ -80,7 +81,10 @@ def _behind(module: nn.Module, parameter: str) -> nn.Parameter | None:
 
 @torch.no_grad()
 def bake_(module: nn.Module) -> None:
-    """Make plain parameters of all weights that are held to something, in place, as they are in evaluation mode."""
+    """Make plain parameters of all weights that are held to something, in place, as they are in evaluation mode.
+
+    What layers read is no longer rounded.
+    """
     for part in module.modules():
         chains = held_by(part)
         if not chains:
@@ -95,6 +99,7 @@ def bake_(module: nn.Module) -> None:
         part.__class__ = parametrize.type_before_parametrizations(part)
         del part._modules["parametrizations"]
         part._parameters = {**plain, **part._parameters}
+    take_off_grids_(module)
 
 
 def baked(module: nn.Module) -> nn.Module:
@@ -116,7 +121,7 @@ def baked(module: nn.Module) -> nn.Module:
         >>> list(baked(layer).state_dict())
         ['weight', 'bias']
     """
-    if not any(held_by(part) for part in module.modules()):
+    if not input_ranges(module) and not any(held_by(part) for part in module.modules()):
         return module
     copied = copy.deepcopy(module)
     bake_(copied)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trimpoint.errors import ArtifactError, SurgeryError
 from trimpoint.graph.edits import Edit, apply_edits_, edits_from_data, edits_to_data
 from trimpoint.graph.grids import wrong_scales
+from trimpoint.graph.input_grids import wrong_ranges
 
 WEIGHTS, STRUCTURE, VERSION = "weights.safetensors", "structure.json", 1
 
@@ -85,7 +86,7 @@ def rebuild(directory: Path | str, factory: Callable[[], nn.Module]) -> nn.Modul
     if problems:
         raise ArtifactError("The weights do not fit what the factory makes:\n" + "\n".join(problems), hint)
     module.load_state_dict(state, strict=True)
-    if wrong := wrong_scales(module):
+    if wrong := wrong_scales(module) + wrong_ranges(module):
         raise ArtifactError(f"The scales of {wrong[0]!r} must be finite and positive.")
     return module
 

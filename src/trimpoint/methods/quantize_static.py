@@ -5,6 +5,7 @@ from typing import ClassVar, Literal, cast
 
 from trimpoint.errors import InvalidParameterError
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
+from trimpoint.quantization.activations import learn_ranges
 from trimpoint.quantization.weights import round_weights, why_no_grid
 from trimpoint.values import Format
 
@@ -64,6 +65,10 @@ class QuantizeStatic(Method):
         doc="take the mean error of rounded weights from biases, or from the batch norms behind; where scales are by "
         "`output-error` it is gone already",
     )
+    learned_steps: bool = param(
+        False,
+        doc="round inputs in the module too, and let later training learn their ranges and the scales of weights (LSQ)",
+    )
     observer: str = param(
         "minmax",
         doc="range of an activation: all values, without the outermost, least divergence, or least squared error",
@@ -84,6 +89,12 @@ class QuantizeStatic(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.symmetric_activations and self.learned_steps:
+            raise InvalidParameterError(
+                "The 'symmetric_activations' parameter of QuantizeStatic must be False with learned_steps=True. Got "
+                "True.",
+                "both ends of a range are learned",
+            )
         if self.granularity == "tensor" and self._chosen:
             raise InvalidParameterError(
                 "The 'granularity' parameter of QuantizeStatic must be 'channel' where weights have fewer than 8 bits "
@@ -95,7 +106,7 @@ class QuantizeStatic(Method):
     def _chosen(self) -> bool:
         """Whether the integers of the weights are chosen here; the runtime rounds 8 bits to nearest by itself."""
         by_inputs = self.rounding != "nearest" or self.weights not in ("auto", "largest")
-        return self.bits < 8 or by_inputs or self.correct_bias
+        return self.bits < 8 or by_inputs or self.correct_bias or self.learned_steps
 
     def apply(self, ctx: Context) -> None:
         """Assign formats to weight and input of every module in scope, and choose integers where that is asked for."""
@@ -113,7 +124,9 @@ class QuantizeStatic(Method):
                 sites = [site for site in sites if site.path in chosen]
             bits = 7 if self.bits == 8 and self.reduce_range else self.bits
             scale = "output-error" if self.weights == "auto" else self.weights
-            round_weights(ctx, chosen, bits, self.rounding, scale, correct_bias=self.correct_bias)
+            round_weights(
+                ctx, chosen, bits, self.rounding, scale, correct_bias=self.correct_bias, learned=self.learned_steps
+            )
         granularity = cast(Literal["channel", "tensor"], self.granularity)
         weight = Format(
             dtype=f"int{self.bits}",
@@ -132,3 +145,5 @@ class QuantizeStatic(Method):
         for site in sites:
             ctx.assign(site.path, "weight", weight)
             ctx.assign(site.path, "input", activations)
+        if self.learned_steps:
+            learn_ranges(ctx, [site.path for site in sites], activations)

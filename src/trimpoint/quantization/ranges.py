@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimpoint.quantization.histogram import Histogram
+from trimpoint.values import Format
 
 Range = tuple[float, float]
 BINS = 2048
@@ -217,3 +218,13 @@ def _divergence(linear: np.ndarray, size: int, levels: int) -> float:
         q = (q + 1e-7) / (q + 1e-7).sum()
     inside = p > 0
     return float((p[inside] * np.log(p[inside] / q[inside])).sum())
+
+
+def range_of(histogram: Histogram, kind: Format) -> Range:
+    """Return the range of a tensor for a format, by the format's rule."""
+    levels = Levels(count=2**kind.bits - (1 if kind.symmetric else 0), symmetric=kind.symmetric)
+    if kind.observer == "percentile":
+        return percentile(histogram, kind.percentile / 100.0)
+    if kind.observer == "entropy":
+        return entropy(histogram, levels)
+    return least_squares(histogram, levels) if kind.observer == "mse" else minmax(histogram)

@@ -25,7 +25,14 @@ def why_no_grid(module: nn.Module) -> str:
 
 @torch.no_grad()
 def round_weights(
-    ctx: Context, paths: Sequence[str], bits: int, rounding: str, scale: str, *, correct_bias: bool = False
+    ctx: Context,
+    paths: Sequence[str],
+    bits: int,
+    rounding: str,
+    scale: str,
+    *,
+    correct_bias: bool = False,
+    learned: bool = False,
 ) -> None:
     """Put weights on grids of `bits` bits, a scale for each output channel.
 
@@ -43,6 +50,7 @@ def round_weights(
         correct_bias: take from biases (without one, from the batch norm behind) by what rounding shifts the mean of
             outputs, (Q − W) E[x], as in Nagel et al., "Data-free quantization through weight equalization and bias
             correction" (2019), section 4.2.
+        learned: whether training learns the scales.
 
     Raises:
         DataError: if the task has no calibration data, or a layer reads what is not finite.
@@ -66,7 +74,7 @@ def round_weights(
         before = cast(Tensor, module.weight).detach().double()
         values, sizes = _by_inputs(module, seen, top, rounding, scale)
         reason = f"scale by {scale}, {rounding}, on {seen.positions:,} positions"
-        ctx.put_on_grid(path, sizes, bits, values=values, reason=reason)
+        ctx.put_on_grid(path, sizes, bits, values=values, learned=learned, reason=reason)
         if correct_bias:
             _correct(ctx, path, values.double() - before, seen, norms)
     for path, module in left.items():
@@ -76,7 +84,7 @@ def round_weights(
         sizes = (widest_scale if scale == "largest" else best_scale)(rows.flatten(1), top)
         values = nearest(rows.flatten(1), sizes, top).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
         reason = f"scale by {'largest' if scale == 'largest' else 'weight-error'}, nearest"
-        ctx.put_on_grid(path, sizes, bits, axis=axis, values=values, reason=reason)
+        ctx.put_on_grid(path, sizes, bits, axis=axis, values=values, learned=learned, reason=reason)
 
 
 def _norms(ctx: Context) -> Mapping[str, str]:

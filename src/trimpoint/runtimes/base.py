@@ -25,6 +25,7 @@ class Exported:
         scopes: ONNX node name → path of the module that it came from.
         notes: what is not as it was asked for, such as a dimension that had to stay fixed, each with its reason.
         grids: path of a module → the integers that its weight consists of, where a method chose them.
+        ranges: path of a module → the range of its input, where training learned it.
     """
 
     onnx: bytes
@@ -32,6 +33,7 @@ class Exported:
     scopes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

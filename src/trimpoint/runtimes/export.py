@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from trimpoint.data import as_tensors
 from trimpoint.errors import ExportError, ModelError
-from trimpoint.graph import bake_, grids_of
+from trimpoint.graph import bake_, grids_of, input_ranges
 from trimpoint.losses import explained
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import export_errors, onnx_graph
@@ -102,6 +102,7 @@ def export(
         scopes=scopes,
         notes=(*notes, *dropped),
         grids=grids_of(module),
+        ranges=input_ranges(module),
     )
 
 

@@ -50,6 +50,7 @@ def quantize(
     if not chosen:
         return model, tuple(unmapped)
     unmapped += [f"{path}: NNCF takes no integers, it rounds anew" for path in chosen if path in exported.grids]
+    unmapped += [f"{path}: NNCF takes no ranges, it calibrates anew" for path in chosen if path in exported.ranges]
     unmapped += [
         f"{path}: NNCF has no range by {tensors['input'].observer}, it takes its own"
         for path, tensors in chosen.items()

@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper
 from trimpoint.errors import DataError, LoweringError
 from trimpoint.padding import kept_positions, padding_mask
 from trimpoint.quantization.histogram import Histogram
-from trimpoint.quantization.ranges import Levels, Range, entropy, least_squares, minmax, percentile
+from trimpoint.quantization.ranges import Range, range_of
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import onnx_graph
 from trimpoint.values import Format
@@ -70,16 +70,6 @@ def observe(model: ModelProto, wanted: Mapping[str, Format], feeds: Iterable[Fee
     if not pieces:
         raise DataError("Calibration needs at least one sample that is not all padding. Got none.")
     return seen | {name: range_of(histogram, wanted[name]) for name, histogram in counted.items()}
-
-
-def range_of(histogram: Histogram, kind: Format) -> Range:
-    """Return the range of a tensor for a format, by the format's rule."""
-    levels = Levels(count=2**kind.bits - (1 if kind.symmetric else 0), symmetric=kind.symmetric)
-    if kind.observer == "percentile":
-        return percentile(histogram, kind.percentile / 100.0)
-    if kind.observer == "entropy":
-        return entropy(histogram, levels)
-    return least_squares(histogram, levels) if kind.observer == "mse" else minmax(histogram)
 
 
 def _session(model: ModelProto, extremes: list[str], whole: list[str]) -> onnxruntime.InferenceSession:

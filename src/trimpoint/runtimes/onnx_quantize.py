@@ -51,6 +51,8 @@ GLUE = (
     "Unsqueeze",
 )
 """Operators that follow their neighbours into int8, so that no conversion stands between two int8 kernels."""
+_HANDED_ON = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Those that give out some of the numbers that they take in."""
 
 
 @dataclass(kw_only=True)
@@ -64,6 +66,7 @@ class Selection:
         symmetric: zero points of activations in the middle of the range.
         overrides: tensor name → settings that differ from these.
         inputs: name of a node's input → its format; the other activations have that of the first of these.
+        ranges: name of a node's input → its range, where that was learned.
         unmapped: `path: reason` for formats that cannot be realised.
     """
 
@@ -73,6 +76,7 @@ class Selection:
     symmetric: bool = False
     overrides: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     inputs: dict[str, Format] = field(default_factory=dict)
+    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     unmapped: list[str] = field(default_factory=list)
 
 
@@ -134,6 +138,9 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection
     for path, node in taken:
         if node.op_type != "Gather":
             _overrides(result, path, node, chosen[path])
+            if path in exported.ranges:
+                for name in _same_numbers(model, node.input[0]):
+                    result.ranges.setdefault(name, exported.ranges[path])
             if path in exported.grids:
                 _fix(result, path, node, exported.grids[path], stored[node.input[1]])
     result.nodes += _glue(model, set(result.nodes), weights)
@@ -153,7 +160,7 @@ def quantize(model: ModelProto, selection: Selection, feeds: Iterator[dict[str, 
         LoweringError: if the quantiser fails.
     """
     wanted = _activations(model, selection)
-    ranges = observe(model, wanted, feeds)
+    ranges = observe(model, wanted, feeds) | selection.ranges
     extremes = {
         name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()
     }
@@ -337,6 +344,15 @@ def _fix(selection: Selection, path: str, node: NodeProto, grid: Grid, stored: T
     settings = [{"quant_type": QuantType.QInt8, "scale": value, "zero_point": zero} for value in scale]
     settings[0]["axis"] = axis
     selection.overrides[node.input[1]] = settings
+
+
+def _same_numbers(model: ModelProto, name: str) -> Iterator[str]:
+    """Yield a tensor and those that hand their numbers on to it, whose scale it has."""
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    yield name
+    while name in made_by and made_by[name].op_type in _HANDED_ON:
+        name = made_by[name].input[0]
+        yield name
 
 
 def _axis(node: NodeProto) -> int:

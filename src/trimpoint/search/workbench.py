@@ -16,7 +16,7 @@ from trimpoint.build import Build
 from trimpoint.compress import Compressed, compress
 from trimpoint.data import as_numpy
 from trimpoint.errors import StudyError
-from trimpoint.graph import grids_of
+from trimpoint.graph import edits_to_data, grids_of, input_ranges
 from trimpoint.measure.environment import cpu_name
 from trimpoint.measure.inputs import capture, core_inputs
 from trimpoint.measure.latency import LatencyResult, measure_latency
@@ -34,6 +34,7 @@ from trimpoint.runtimes.base import Exported, Lowered, OperatorTime, Session
 from trimpoint.runtimes.export import export
 from trimpoint.runtimes.verify import require_parity
 from trimpoint.search.delivery import LOWERED, STAGE, files_of, read_lowered, save_synthetic
+from trimpoint.search.fingerprint import model_digest
 from trimpoint.search.space import parameter_leaves
 from trimpoint.search.stages import load_stage, save_stage
 from trimpoint.search.store import Store
@@ -226,11 +227,9 @@ class Workbench:
         return self._calibration
 
     def _exported(self, made: Compressed) -> Exported:
-        """Return the export, shared by plans that differ in number formats only, unless weights were put on grids."""
-        grids, steps = grids_of(self.task.core_of(made.module)), made.plan.steps
-        if not grids:
-            steps = tuple(step for step in steps if step.method.traits.stage is not Stage.QUANTIZE)
-        key = self._key("export", Plan(steps, made.plan.seed).hash, f"{made.effort:.6f}")
+        """Return the export, shared by plans that differ in number formats only: the module is the same then."""
+        core = self.task.core_of(made.module)
+        key = self._key("export", model_digest(core), json.dumps(edits_to_data(made.edits)))
 
         def write(directory: Path) -> None:
             exported = export(self.task.core_of(made.module), self.inputs.example, self.inputs.dims)
@@ -245,7 +244,8 @@ class Workbench:
             signature=from_data(Signature, rest["signature"]),
             scopes=rest["scopes"],
             notes=tuple(rest["notes"]),
-            grids=grids,
+            grids=grids_of(core),
+            ranges=input_ranges(core),
         )
 
     def _lowered(self, made: Compressed) -> ArtifactFiles:

@@ -1,0 +1,51 @@
+"""The ranges of what layers read, as PyTorch computes it, for steps of a plan that simulate them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from trimpoint.errors import DataError
+from trimpoint.method import Context
+from trimpoint.padding import calibrate_kept, rows_of
+from trimpoint.quantization.histogram import Histogram
+from trimpoint.quantization.ranges import range_of
+from trimpoint.values import Format
+
+
+def learn_ranges(ctx: Context, paths: Sequence[str], kind: Format) -> None:
+    """Round what layers read as their runtime will, from ranges of the calibration data on, which training learns.
+
+    Layers that read the same tensor share a range, as they will in the file.
+
+    Args:
+        ctx: of the step.
+        paths: of the layers.
+        kind: whose rule gives the first range.
+
+    Raises:
+        DataError: if the task has no calibration data, or a layer reads what is not finite.
+    """
+    seen: dict[str, Histogram] = {}
+    first: dict[str, tuple[Any, int]] = {}  # held, so that no other tensor takes their place
+
+    def see(path: str, module: nn.Module, value: Any, kept: Tensor | None) -> None:
+        tensor: Tensor = getattr(value, "data", value)
+        if path not in first:
+            first[path] = tensor, tensor._version
+        rows = rows_of(value, kept) if isinstance(module, nn.Linear) else tensor
+        try:
+            seen.setdefault(path, Histogram()).add(rows.detach().float().cpu().numpy())
+        except DataError as error:
+            raise DataError(
+                f"The calibration data leads to values that are not finite at the input of `{path}`.",
+                "check it for outliers and NaNs",
+            ) from error
+
+    calibrate_kept(ctx, see, paths)
+    together: dict[tuple[int, int], list[str]] = {}
+    for path, (tensor, version) in first.items():
+        together.setdefault((id(tensor), version), []).append(path)
+    for alike in together.values():
+        low, high = range_of(seen[alike[0]], kind)
+        ctx.round_input(alike, low, high)

@@ -1,6 +1,7 @@
 """Choosing the integers of the weights of linear layers and convolutions, as a step of a plan."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -55,12 +56,36 @@ def round_weights(
     Raises:
         DataError: if the task has no calibration data, or a layer reads what is not finite.
     """
-    modules = {path: ctx.get(path) for path in paths}
-    plain = {path: module for path, module in modules.items() if not own_forward(module)}
-    products = rounding in RULES or scale == "output-error"
-    needed = plain if products or correct_bias else {}
     norms = _norms(ctx) if correct_bias else {}
-    left, top = dict(modules), _top(bits)
+    for path, seen, found in choices(ctx, paths, [bits], rounding, scale, means=correct_bias):
+        before, best = cast(Tensor, ctx.get(path).weight).detach().double(), found[bits]
+        ctx.put_on_grid(path, best.scale, bits, axis=best.axis, values=best.values, learned=learned, reason=best.reason)
+        if correct_bias and seen is not None:
+            _correct(ctx, path, best.values.double() - before, seen, norms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Integers for a weight: what it becomes, the scale of each channel along `axis`, and how they were chosen."""
+
+    values: Tensor
+    scale: Tensor
+    axis: int
+    reason: str
+
+
+@torch.no_grad()
+def choices(
+    ctx: Context, paths: Sequence[str], bits: Sequence[int], rounding: str, scale: str, *, means: bool = False
+) -> Iterator[tuple[str, InputStatistics | None, dict[int, Choice]]]:
+    """Yield for each layer what it was seen to read, and its integers for each number of bits: see `round_weights`.
+
+    Nothing is changed here; layers that are seen together are seen as they are before the first of them is yielded.
+    """
+    modules = {path: ctx.get(path) for path in paths}
+    products = rounding in RULES or scale == "output-error"
+    needed = {path: module for path, module in modules.items() if not own_forward(module)} if products or means else {}
+    left = dict(modules)
     for done, (path, seen) in enumerate(gather(ctx, needed, products=products)):
         ctx.report(f"choosing integers of {path}", done / len(modules))
         if seen.total is None:
@@ -71,20 +96,20 @@ def round_weights(
                 "check it for outliers and NaNs",
             )
         module = left.pop(path)
-        before = cast(Tensor, module.weight).detach().double()
-        values, sizes = _by_inputs(module, seen, top, rounding, scale)
-        reason = f"scale by {scale}, {rounding}, on {seen.positions:,} positions"
-        ctx.put_on_grid(path, sizes, bits, values=values, learned=learned, reason=reason)
-        if correct_bias:
-            _correct(ctx, path, values.double() - before, seen, norms)
+        yield path, seen, {count: _by_inputs(module, seen, _top(count), rounding, scale) for count in bits}
     for path, module in left.items():
-        weight = cast(Tensor, module.weight).detach()
-        axis = 1 if isinstance(module, _TRANSPOSED) else 0
-        rows = weight.movedim(axis, 0)
-        sizes = (widest_scale if scale == "largest" else best_scale)(rows.flatten(1), top)
-        values = nearest(rows.flatten(1), sizes, top).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
-        reason = f"scale by {'largest' if scale == 'largest' else 'weight-error'}, nearest"
-        ctx.put_on_grid(path, sizes, bits, axis=axis, values=values, learned=learned, reason=reason)
+        yield path, None, {count: _alone(module, _top(count), scale) for count in bits}
+
+
+def _alone(module: nn.Module, top: int, scale: str) -> Choice:
+    """Choose by the weight itself."""
+    weight = cast(Tensor, module.weight).detach()
+    axis = 1 if isinstance(module, _TRANSPOSED) else 0
+    rows = weight.movedim(axis, 0)
+    sizes = (widest_scale if scale == "largest" else best_scale)(rows.flatten(1), top)
+    values = nearest(rows.flatten(1), sizes, top).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
+    reason = f"scale by {'largest' if scale == 'largest' else 'weight-error'}, nearest"
+    return Choice(values=values, scale=sizes, axis=axis, reason=reason)
 
 
 def _norms(ctx: Context) -> Mapping[str, str]:
@@ -106,8 +131,8 @@ def _correct(ctx: Context, path: str, wrong: Tensor, seen: InputStatistics, norm
         ctx.shift(norms[path], "running_mean", shift, f"mean error of `{path}` taken back")
 
 
-def _by_inputs(module: nn.Module, seen: InputStatistics, top: int, rounding: str, scale: str) -> tuple[Tensor, Tensor]:
-    """Return the weight on its grid and the scale of each output channel."""
+def _by_inputs(module: nn.Module, seen: InputStatistics, top: int, rounding: str, scale: str) -> Choice:
+    """Choose by what the layer multiplies the weight with."""
     weight, kept, groups = cast(Tensor, module.weight).detach(), kept_by(module), groups_of(module)
     parts = (as_matrix(weight).double().chunk(groups), as_matrix(kept).chunk(groups))
     totals, by_output = cast(Tensor, seen.total) / seen.positions, scale == "output-error"
@@ -122,7 +147,12 @@ def _by_inputs(module: nn.Module, seen: InputStatistics, top: int, rounding: str
             rounded = torch.where(better[:, None], found, rounded)
         values.append(rounded)
         scales.append(size)
-    return from_matrix(torch.cat(values), weight.shape).to(weight.dtype), torch.cat(scales)
+    return Choice(
+        values=from_matrix(torch.cat(values), weight.shape).to(weight.dtype),
+        scale=torch.cat(scales),
+        axis=0,
+        reason=f"scale by {scale}, {rounding}, on {seen.positions:,} positions",
+    )
 
 
 def _top(bits: int) -> int:

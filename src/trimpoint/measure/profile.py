@@ -92,7 +92,7 @@ def measure_model(
         on_step("scoring")
         session = runtime.open(files.directory, files.lowered, threads=target.threads)
         scored, qualities = quality_profile(session, task, limit=limit, where=where)
-    notes = Profile(notes=tuple(exported.notes) + tuple(files.lowered.unmapped))
+    notes = Profile(notes=(*exported.notes, *files.lowered.unmapped, *files.lowered.warnings))
     return MeasuredModel(
         profile=static | measured | scored | notes, operators=tuple(operators), macs=macs, qualities=qualities
     )

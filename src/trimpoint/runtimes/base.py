@@ -45,6 +45,7 @@ class Lowered:
         files: graph name → file names, all in one directory; what the runtime loads and nothing else.
         signature: inputs and outputs.
         unmapped: `path: reason` for formats that could not be realised.
+        warnings: what may be otherwise on other machines, with what to do about it.
         scopes: name of a node in the runtime's files → path of the module that it came from.
     """
 
@@ -52,6 +53,7 @@ class Lowered:
     files: Mapping[str, tuple[str, ...]]
     signature: Signature
     unmapped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     scopes: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -76,8 +76,9 @@ class OnnxRuntime(Runtime):
 
         model = onnx_graph.parse(exported.onnx)
         unmapped: tuple[str, ...] = ()
+        warnings: tuple[str, ...] = ()
         if formats:
-            model, unmapped = _quantized(model, exported, formats, calibration)
+            model, unmapped, warnings = _quantized(model, exported, formats, calibration)
         scopes = onnx_graph.compact(model, _scopes_of(model, exported.scopes))
         _write(directory / FILE, onnx_graph.serialize(model))
         return Lowered(
@@ -85,6 +86,7 @@ class OnnxRuntime(Runtime):
             files={"main": (FILE,)},
             signature=exported.signature,
             unmapped=unmapped,
+            warnings=warnings,
             scopes=scopes,
         )
 
@@ -191,21 +193,23 @@ def _import() -> Any:
 
 def _quantized(
     model: Any, exported: Exported, formats: Formats, calibration: Sequence[Any]
-) -> tuple[Any, tuple[str, ...]]:
-    from trimpoint.runtimes import onnx_graph, onnx_quantize
+) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    from trimpoint.runtimes import onnx_graph, onnx_quantize, saturation
 
     prepared = onnx_quantize.preprocess(model)
     selection = onnx_quantize.select(prepared, exported, formats)
     if not selection.nodes:
-        return model, tuple(selection.unmapped)
+        return model, tuple(selection.unmapped), ()
     separate = onnx_quantize.quantize(prepared, selection, calibration_feeds(exported.signature, calibration))
     onnx_graph.strip(separate)
     fused = onnx_quantize.fuse(separate)
     onnx_graph.strip(fused)
     before, after = onnx_graph.serialize(separate), onnx_graph.serialize(fused)
+    found = saturation.saturations(separate, calibration_feeds(exported.signature, calibration))
+    warnings = tuple(saturation.warning(each, module_of(each.node, exported.scopes)) for each in found)
     feeds = next(calibration_feeds(exported.signature, calibration))
     smaller = len(after) < len(before) and onnx_quantize.same_answers(before, after, feeds)
-    return (fused if smaller else separate), tuple(selection.unmapped)
+    return (fused if smaller else separate), tuple(selection.unmapped), warnings
 
 
 def _scopes_of(model: Any, scopes: Mapping[str, str]) -> dict[str, str]:

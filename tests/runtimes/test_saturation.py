@@ -1,0 +1,136 @@
+"""Sums of 16 bits: the emulation against the kernels of this machine where it has them, and no false clean bill."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from tests.runtimes import networks
+from trimpoint.measure.environment import instruction_set
+from trimpoint.runtimes import get_runtime
+from trimpoint.runtimes.export import export
+from trimpoint.runtimes.saturation import HIGH, overflows, saturating_product
+from trimpoint.values import Format
+
+RUNTIME = get_runtime("onnxruntime")
+SATURATES = "vnni" not in instruction_set().lower() and "avx2" in instruction_set().lower()
+
+
+def product(activations, weight):
+    """Return what the integer kernel of this machine computes."""
+    node = helper.make_node("MatMulInteger", ["a", "w"], ["y"])
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("a", TensorProto.UINT8, activations.shape)],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, None)],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"a": activations})[0]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 16), (5, 37, 20), (64, 64, 33), (1, 128, 1), (3, 5, 7)])
+def test_products_are_those_of_the_kernel(shape):
+    rng = np.random.default_rng(0)
+    rows, inner, columns = shape
+    activations = rng.integers(100, 256, (rows, inner), dtype=np.uint8)
+    weight = rng.integers(60, 128, (inner, columns)).astype(np.int8)
+    exact = activations.astype(np.int64) @ weight.astype(np.int64)
+    emulated = saturating_product(activations, weight)
+    assert (emulated < exact).any()
+    np.testing.assert_array_equal(product(activations, weight), emulated if SATURATES else exact)
+
+
+def test_overflows_are_counted():
+    activations = np.array([[255, 255, 255, 0], [1, 1, 255, 255]], dtype=np.uint8)
+    weight = np.array([[127, -128], [127, -128], [127, 1], [0, 1]], dtype=np.int8)
+    # 255 · 254 = 64,770 and −255 · 256 = −65,280 overflow; 255 · 127 = 32,385 does not.
+    assert HIGH > 255 * 127
+    assert overflows(activations, weight) == 2
+
+
+def lowered(module, inputs, directory, *, reduce_range=False, calibration=None):
+    exported = export(module.eval(), inputs[:2], {"input": {0: "batch"}})
+    weight = Format(dtype="int8", granularity="channel", reduce_range=reduce_range)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Linear)
+    formats = {
+        path: {"weight": weight, "input": networks.INPUT} for path, m in module.named_modules() if isinstance(m, kinds)
+    }
+    data = inputs if calibration is None else calibration
+    directory.mkdir(exist_ok=True)
+    return RUNTIME.lower(exported, directory, formats=formats, calibration=[data.numpy()])
+
+
+def loaded(module):
+    """Give a layer weights of which all are among the largest."""
+    with torch.no_grad():
+        module.weight.copy_(torch.where(module.weight >= 0, 1.0, -1.0) * (1 + 0.01 * module.weight.abs()))
+    return module
+
+
+LAYERS = {
+    "linear": lambda: nn.Sequential(nn.Flatten(), loaded(nn.Linear(72, 5))),
+    "conv": lambda: nn.Sequential(loaded(nn.Conv2d(8, 6, 2))),
+    "strided, padded, dilated": lambda: nn.Sequential(loaded(nn.Conv2d(8, 6, 2, stride=2, padding=1, dilation=2))),
+    "groups": lambda: nn.Sequential(loaded(nn.Conv2d(8, 6, 2, groups=2))),
+    "1d": lambda: nn.Sequential(nn.Flatten(2), loaded(nn.Conv1d(8, 4, 3))),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_overflow_are_flagged_and_seven_bits_clear_them(name, tmp_path):
+    torch.manual_seed(0)
+    module, inputs = LAYERS[name](), torch.rand(16, 8, 3, 3) * 0.3 + 0.7
+    (warning,) = lowered(module, inputs, tmp_path / "eight").warnings
+    assert warning.startswith(f"{len(module) - 1}: ")
+    assert " % did" in warning
+    assert "reduce_range" in warning
+    assert lowered(module, inputs, tmp_path / "seven", reduce_range=True).warnings == ()
+
+
+def test_what_could_overflow_but_was_not_seen_to_is_no_clean_bill(tmp_path):
+    torch.manual_seed(0)
+    module, inputs = LAYERS["linear"](), torch.zeros(16, 8, 3, 3)
+    inputs[:, ::2] = torch.rand(16, 4, 3, 3)
+    inputs[0] = 0.0
+    inputs[0, 0, 0, 0] = 8.0  # an outlier alone, that makes all others small
+    (warning,) = lowered(module, inputs, tmp_path).warnings
+    assert "none of" in warning
+
+
+def test_small_weights_and_depthwise_convolutions_cannot_overflow(tmp_path):
+    torch.manual_seed(0)
+    small = nn.Linear(72, 5)
+    with torch.no_grad():
+        small.weight.uniform_(-0.4, 0.4)
+        small.weight[:, 0], small.weight[:, 1] = 1.0, 0.0
+    inputs = torch.rand(16, 8, 3, 3)
+    assert lowered(nn.Sequential(nn.Flatten(), small), inputs, tmp_path / "small").warnings == ()
+    deep = nn.Sequential(loaded(nn.Conv2d(8, 8, 2, groups=8)))
+    assert lowered(deep, inputs, tmp_path / "deep").warnings == ()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_layer_that_answers_otherwise_on_such_a_cpu_goes_without_a_warning(seed, tmp_path):
+    """The layer as such a CPU computes it, and exactly; whatever differs must have been flagged."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    width, outputs = int(rng.integers(2, 40)), int(rng.integers(1, 8))
+    layer = nn.Linear(width, outputs, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(rng.normal(size=(outputs, width)) * rng.uniform(0, 1, (1, width))))
+    inputs = torch.from_numpy(rng.uniform(0, 1, (64, width)) ** rng.uniform(0.2, 3)).float()
+    made = lowered(nn.Sequential(layer), inputs, tmp_path)
+    weight = layer.weight.detach().numpy()
+    codes = np.rint(weight / (np.abs(weight).max(1, keepdims=True) / 127)).astype(np.int8).T
+    activations = np.rint(inputs.numpy() / (inputs.max().item() / 255)).astype(np.uint8)
+    exact = activations.astype(np.int64) @ codes.astype(np.int64)
+    differs = (saturating_product(activations, codes) != exact).any()
+    seen = [warning for warning in made.warnings if " % did" in warning]
+    assert bool(differs) == bool(seen)
+    assert onnx.load(tmp_path / "model.onnx").graph.node

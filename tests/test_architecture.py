@@ -22,9 +22,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("score", "data", "losses", "method", "registry", "padding", "task", "target", "plan"),
     (
         *("graph", "measure", "runtimes", "recover", "importance"),
-        *("low_rank", "methods", "quantization", "sparsity", "demo"),
+        *("low_rank", "methods", "quantization", "sparsity", "demo", "coding"),
     ),
-    ("build", "context", "compress", "manifest", "parity", "model_card", "artifact", "trust"),
+    ("build", "context", "compress", "manifest", "parity", "model_card", "packed", "artifact", "trust"),
     ("search",),
     ("report",),
     ("cli",),

@@ -28,9 +28,7 @@ MOST_LANES = 256
 _BYTES_OF_LANE = 512
 _PRECISION = 16
 _ONE = 1 << _PRECISION
-_LOWEST = np.uint64(1 << 16)
-_SHIFT, _MASK = np.uint64(16), np.uint64(0xFFFF)
-_MOST_CELLS = 1 << 20
+_LOWEST, _SHIFT, _MASK = 1 << 16, 16, 0xFFFF
 
 
 class Coder(Protocol):
@@ -85,20 +83,18 @@ class Writer:
     def content(self) -> bytes:
         """Return everything, coded: the states in 32 bits each, then the words, little-endian."""
         lanes = self.lanes
-        state = np.full(lanes, _LOWEST, np.uint64)
-        words: list[NDArray[np.uint64]] = []
+        state = np.full(lanes, _LOWEST, np.int64)
+        words: list[Ints] = []
         for starts, widths in zip(reversed(self._starts), reversed(self._widths), strict=True):
-            begin, width = starts.astype(np.uint64), widths.astype(np.uint64)
-            last = (len(begin) - 1) // lanes * lanes
+            last = (len(starts) - 1) // lanes * lanes
             for first in range(last, -1, -lanes):
-                step, size = begin[first : first + lanes], width[first : first + lanes]
-                x = state[: len(step)]
-                full = x >= size << _SHIFT
+                start, width = starts[first : first + lanes], widths[first : first + lanes]
+                x = state[: len(start)]
+                full = x >= width << _SHIFT
                 words.append(x[full] & _MASK)
-                x = np.where(full, x >> _SHIFT, x)
-                quotient = x // size
-                state[: len(step)] = (quotient << _SHIFT) + (x - quotient * size) + step
-        stream = np.concatenate(words[::-1]) if words else np.zeros(0, np.uint64)
+                quotient, rest = np.divmod(np.where(full, x >> _SHIFT, x), width)
+                state[: len(start)] = (quotient << _SHIFT) + rest + start
+        stream = np.concatenate(words[::-1]) if words else np.zeros(0, np.int64)
         return state.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
 
 
@@ -117,8 +113,8 @@ class Reader:
         if not 0 < lanes <= MOST_LANES or len(content) < 4 * lanes or len(content) % 2:
             raise ArtifactError("A coded tensor is damaged: its beginning is missing.", DAMAGED)
         self._lanes = lanes
-        self._state = np.frombuffer(content, "<u4", lanes).astype(np.uint64)
-        self._words = np.frombuffer(content, "<u2", offset=4 * lanes).astype(np.uint64)
+        self._state = np.frombuffer(content, "<u4", lanes).astype(np.int64)
+        self._words = np.frombuffer(content, "<u2", offset=4 * lanes).astype(np.int64)
         self._position = 0
 
     def flags(self, chances: Floats, values: Bits | None = None) -> Bits:  # noqa: ARG002 - as a writer has it
@@ -127,15 +123,14 @@ class Reader:
         Raises:
             ArtifactError: if the content ends before.
         """
-        widths = _parts(chances).astype(np.uint64)
+        widths = _parts(chances)
         found = np.empty(len(widths), np.bool_)
         for first in range(0, len(widths), self._lanes):
             width = widths[first : first + self._lanes]
             slot = self._state[: len(width)] & _MASK
             is_set = slot < width
             found[first : first + self._lanes] = is_set
-            start = np.where(is_set, np.uint64(0), width)
-            self._advance(slot - start, np.where(is_set, width, np.uint64(_ONE) - width))
+            self._advance(np.where(is_set, slot, slot - width), np.where(is_set, width, _ONE - width))
         return found
 
     def symbols(self, weights: Floats, classes: Ints, values: Symbols | None = None) -> Symbols:  # noqa: ARG002
@@ -144,25 +139,23 @@ class Reader:
         Raises:
             ArtifactError: if the content ends before.
         """
+        size = weights.shape[1]
         found = np.zeros(len(classes), np.int32)
-        if weights.shape[1] <= 1:
+        if size <= 1:
             return found
         bounds = _bounds(weights)
-        ends = bounds[:, 1:]
-        # A table of all slots pays where many symbols share few distributions.
-        table = None
-        if len(classes) >= 4096 and len(bounds) * _ONE <= _MOST_CELLS:
-            table = np.stack([np.repeat(np.arange(weights.shape[1]), np.diff(row)) for row in bounds])
+        begins, widths = bounds[:, :-1].ravel(), np.diff(bounds, axis=1).ravel()
+        # One sorted row of all intervals of all classes: the search is one call for all lanes.
+        ends = (bounds[:, 1:] + _ONE * np.arange(len(bounds))[:, None]).ravel()
         for first in range(0, len(classes), self._lanes):
             kind = classes[first : first + self._lanes]
-            slot = (self._state[: len(kind)] & _MASK).astype(np.int64)
-            symbol = (ends[kind] <= slot[:, None]).sum(1) if table is None else table[kind, slot]
-            found[first : first + self._lanes] = symbol
-            start = bounds[kind, symbol]
-            self._advance((slot - start).astype(np.uint64), (ends[kind, symbol] - start).astype(np.uint64))
+            slot = self._state[: len(kind)] & _MASK
+            index = ends.searchsorted(slot + _ONE * kind, "right")
+            found[first : first + self._lanes] = index - size * kind
+            self._advance(slot - begins[index], widths[index])
         return found
 
-    def _advance(self, offset: NDArray[np.uint64], width: NDArray[np.uint64]) -> None:
+    def _advance(self, offset: Ints, width: Ints) -> None:
         x = width * (self._state[: len(width)] >> _SHIFT) + offset
         empty = np.flatnonzero(x < _LOWEST)
         if len(empty):

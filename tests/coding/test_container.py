@@ -17,6 +17,7 @@ from trimpoint.coding.integers import packed
 from trimpoint.coding.layout import spans
 from trimpoint.errors import ArtifactError
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "coded_1.tpz"
 FRONT = 9
 """Bytes before the part that the checksum is over."""
 
@@ -69,6 +70,13 @@ def test_files_come_back_bit_for_bit(files, coded: Path, tmp_path: Path) -> None
 def test_the_same_files_give_the_same_bytes(files, coded: Path, tmp_path: Path) -> None:
     write_coded(tmp_path / "again.tpz", b'{"a":1}', files)
     assert (tmp_path / "again.tpz").read_bytes() == coded.read_bytes()
+
+
+def test_a_file_of_the_first_format_is_still_read(tmp_path: Path) -> None:
+    """A change of what probabilities are computed is a new format, on whatever processor: this file was kept."""
+    found = read_coded(GOLDEN, tmp_path)
+    assert found.digest == "69d14baae53931b03503b992137ebffb1fc06a80e25bf6ebdc94febf7fc185b7"
+    assert found.files == {"model.onnx": (tmp_path / "model.onnx").stat().st_size}
 
 
 def test_tensors_are_found_where_they_lie(files) -> None:

@@ -33,7 +33,7 @@ _SCALES, _SIDES = 17, 5
 _SHRINK_COLUMN, _SHRINK_ROW, _SHRINK_NEAR = 8.0, 16.0, 3.0
 _RATE = 0.02
 _BACKOFF = 16.0
-_UNIT, _PRIOR = 32, 64
+_UNIT, _PRIOR = 32, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +234,7 @@ def _prior(size: int, center: int, spread: int) -> Ints:
     distance = (np.arange(size) - center) / (2.0 * spread)
     density = 1 / (1 + distance * distance)
     shape = np.rint(2.0**20 * (density * density * density)).astype(np.int64)
-    return 1 + _UNIT * _PRIOR * shape // max(1, int(shape.sum()))
+    return 1 + _UNIT * _PRIOR * size * shape // max(1, int(shape.sum()))
 
 
 def _odds(chance: ArrayLike) -> Floats:

@@ -92,6 +92,16 @@ def test_floats_that_were_half_precision_take_no_more_than_half() -> None:
     assert decode(scheme, coded, KIND_OF["f4"], array.nbytes) == array.tobytes()
 
 
+@pytest.mark.parametrize("filled", [0, 40])
+def test_a_large_tensor_of_hardly_anything_is_small_and_still_read_in_large_steps(filled: int) -> None:
+    array = np.zeros((1024, 1024), np.float32)
+    array.ravel()[:: array.size // max(filled, 1)][:filled] = 1.5
+    scheme, coded = encode(array.tobytes(), KIND_OF["f4"], array.shape)
+    assert scheme == TABLE
+    assert len(coded) < 600
+    assert decode(scheme, coded, KIND_OF["f4"], array.nbytes) == array.tobytes()
+
+
 @pytest.mark.parametrize("scheme", [RAW, LZMA, INTEGERS, TABLE, FLOATS, 5, 255])
 @pytest.mark.parametrize("coded", [b"", b"\0", b"\xff" * 40, bytes(range(200))])
 def test_bytes_that_nobody_coded_are_refused(scheme: int, coded: bytes) -> None:

@@ -41,6 +41,11 @@ class Coder(Protocol):
         """Code symbols, `[n]`, which have probabilities in proportion to `weights[class]`, `[classes, size]`."""
 
 
+def least_lanes(symbols: int) -> int:
+    """Return the number of lanes that so many symbols must have: reading takes time for each turn of the lanes."""
+    return min(MOST_LANES, symbols >> 14)
+
+
 class Writer:
     """Notes what it is given, and codes it at the end: what is written last is read first."""
 
@@ -76,9 +81,9 @@ class Writer:
 
     @property
     def lanes(self) -> int:
-        """How many states are worth it: each costs two bytes, and saves time."""
-        share = int(self.cost()) // _BYTES_OF_LANE
-        return min(MOST_LANES, max(2, 1 << share.bit_length() >> 1))
+        """How many states are worth it: each costs three bytes, and saves time."""
+        wanted = max(int(self.cost()) // _BYTES_OF_LANE, least_lanes(sum(map(len, self._starts))))
+        return min(MOST_LANES, max(2, 1 << wanted.bit_length() >> 1))
 
     def content(self) -> bytes:
         """Return everything, coded: the states in 32 bits each, then the words, little-endian."""

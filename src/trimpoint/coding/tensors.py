@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trimpoint.coding.contexts import Settings, code_matrix
-from trimpoint.coding.entropy import DAMAGED, MOST_LANES, Coder, Reader, Symbols, Writer
+from trimpoint.coding.entropy import DAMAGED, MOST_LANES, Coder, Reader, Symbols, Writer, least_lanes
 from trimpoint.coding.integers import Cursor, packed
 from trimpoint.errors import ArtifactError
 
@@ -188,7 +188,7 @@ def _matrix(symbols: Symbols, size: int, columns: int, zero: int, after: Sequenc
     """Return symbols, and planes of bytes after them, with all that is needed to read them."""
     counts = np.bincount(symbols, minlength=size)
     often = 0 if after else int(counts.argmax())
-    is_often = counts[often] >= _OFTEN * len(symbols)
+    is_often = size > 1 and counts[often] >= _OFTEN * len(symbols)
     middle = int(np.searchsorted(np.cumsum(counts), len(symbols) / 2))
     center = often if is_often else zero if 0 <= zero < size else middle
     matrix = symbols.astype(np.int32).reshape(-1, columns)
@@ -311,13 +311,13 @@ def _read_matrix(cursor: Cursor, count: int, most: int, planes: int) -> tuple[Sy
     period = cursor.integer(count, "period")
     size = cursor.integer(min(most, _MOST_SYMBOLS), "number of symbols")
     center, spread = cursor.integer(max(0, size - 1), "symbol"), cursor.integer(_MOST_SYMBOLS, "spread")
-    if columns == 0 or count % columns or size == 0 or spread == 0:
+    lanes = cursor.integer(MOST_LANES, "number of lanes")
+    if (size > 1 and 2 * lanes < least_lanes(count)) or columns == 0 or count % columns or size == 0 or spread == 0:
         raise ArtifactError("A coded tensor is damaged: its dimensions do not fit.", DAMAGED)
     rows, turned = count // columns, bool(flags & 1)
     settings = Settings(
         zeros=bool(flags & 2), near=bool(flags & 4), sides=bool(flags & 8), period=period, spread=spread
     )
-    lanes = cursor.integer(MOST_LANES, "number of lanes")
     is_coded = [bool(cursor.integer(1, "number")) for _ in range(planes)]
     reader = Reader(cursor.take(cursor.integer(MOST_BYTES, "length")) if planes else cursor.rest(), lanes)
     shape = (columns, rows) if turned else (rows, columns)

@@ -22,9 +22,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("score", "data", "losses", "params", "method", "registry", "padding", "task", "target", "plan"),
     (
         *("graph", "measure", "runtimes", "recover", "importance"),
-        *("low_rank", "methods", "quantization", "sparsity", "demo"),
+        *("low_rank", "methods", "quantization", "sparsity", "demo", "coding"),
     ),
-    ("build", "record", "context", "compress", "manifest", "parity", "model_card", "artifact", "trust"),
+    (
+        *("build", "record", "context", "compress", "manifest", "parity", "model_card"),
+        *("packed", "artifact", "trust"),
+    ),
     ("search",),
     ("report",),
     ("cli",),

@@ -17,7 +17,8 @@ from trimpoint.registry import all_methods
 
 GOLDEN = Path(__file__).parent / "golden" / "help"
 VERBS = (
-    *("demo", "search", "resume", "show", "pick", "report", "measure", "compress", "methods", "plan", "verify", "env"),
+    *("demo", "search", "resume", "show", "pick", "report", "measure", "compress", "methods", "plan", "verify"),
+    *("pack", "unpack", "env"),
 )
 
 

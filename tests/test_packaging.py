@@ -207,6 +207,13 @@ def test_an_artifact_of_the_full_half_runs_and_verifies_in_the_light_one(light: 
     values, imported_torch = opened.stdout.splitlines()
     assert imported_torch == "False"
     assert ast.literal_eval(values) == pytest.approx(ast.literal_eval(made.stdout.splitlines()[-1]), abs=1e-5)
+    for arguments in (
+        ("pack", "small", "-o", "small.tpz"),
+        ("verify", "small.tpz"),
+        ("unpack", "small.tpz", "-o", "b"),
+    ):
+        done = python("-m", "trimpoint", *arguments, executable=light, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     model = next((tmp_path / "small").glob("*.onnx"))
     model.write_bytes(model.read_bytes()[:-1] + b"?")
     assert python("-m", "trimpoint", "verify", "small", executable=light, cwd=tmp_path).returncode == 4

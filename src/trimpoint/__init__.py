@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trimpoint.graph.held import baked as bake
     from trimpoint.measure.profile import measure_model as measure
     from trimpoint.method import Method as Method
+    from trimpoint.packed import pack_artifact as pack
     from trimpoint.plan import Plan as Plan
     from trimpoint.plan import Step as Step
     from trimpoint.report import report as report
@@ -58,6 +59,7 @@ _HOMES = {
     "measure": "measure.profile:measure_model",
     "open": "artifact:open_artifact",
     "open_study": "search",
+    "pack": "packed:pack_artifact",
     "pick": "search",
     "report": "report",
     "resume": "search",
@@ -86,6 +88,7 @@ __all__ = [
     "measure",
     "open",
     "open_study",
+    "pack",
     "pick",
     "report",
     "resume",

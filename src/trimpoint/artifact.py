@@ -9,20 +9,21 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trimpoint.coding import Contents
 from trimpoint.errors import ArtifactError, MeasurementError, StorageError, TrimpointError
 from trimpoint.manifest import (
-    FORMAT,
     MANIFEST,
     check_files,
     check_name,
     digest_of,
     is_artifact,
+    model_of,
+    own_version,
     read_manifest,
     write_manifest,
 )
@@ -30,6 +31,7 @@ from trimpoint.measure.environment import environment as present_environment
 from trimpoint.measure.environment import instruction_set
 from trimpoint.measure.process import ArtifactFiles, run_child
 from trimpoint.model_card import model_card
+from trimpoint.packed import unpacked
 from trimpoint.parity import PARITY, Tolerance, compare, parity_bytes, read_parity
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.base import Lowered, Session
@@ -176,7 +178,7 @@ def write_artifact(
             for name, text in texts.items():
                 _write(work / name, text.encode())
             _write(work / PARITY, recorded)
-            about = {"trimpoint": _own_version(), "model": to_data(lowered)}
+            about = {"trimpoint": own_version(), "model": to_data(lowered)}
             digest = write_manifest(work, about, _write)
             put_in_place(work, directory, replaceable=is_artifact)
     except OSError as error:
@@ -191,24 +193,27 @@ def write_artifact(
 
 
 def open_artifact(directory: Path | str, *, threads: int = 1) -> Model:
-    """Open an artifact and check that its files are those that were written.
+    """Open an artifact, a directory or a coded file, and check that its files are those that were written.
 
     Warns with `ArtifactWarning` where the certificate was made for another instruction set or runtime version.
 
     Args:
-        directory: of the artifact.
+        directory: of the artifact, or a coded file. Of a model packed alone there are no records.
         threads: that the runtime may use for one call.
 
     Raises:
         ArtifactError: if the directory is no sound artifact.
         MissingDependencyError: if its runtime is not installed.
     """
-    directory = Path(directory)
-    manifest = read_manifest(directory)
-    check_files(directory, manifest)
-    lowered = _lowered(manifest)
-    session = get_runtime(lowered.runtime).open(directory, lowered, threads=threads)
-    model = Model(session=session, manifest=manifest, **_records(directory))
+    with unpacked(directory) as found:
+        if found.model is None:
+            manifest = read_manifest(found.directory)
+            check_files(found.directory, manifest)
+            lowered, records = model_of(manifest), _records(found.directory)
+        else:
+            manifest, lowered, records = {}, found.model, {"profile": Profile()}
+        session = get_runtime(lowered.runtime).open(found.directory, lowered, threads=threads)
+    model = Model(session=session, manifest=manifest, **records)
     for note in certificate_notes(model.certificate, lowered.runtime):
         warnings.warn(note, ArtifactWarning, stacklevel=2)
     return model
@@ -217,11 +222,11 @@ def open_artifact(directory: Path | str, *, threads: int = 1) -> Model:
 def verify_artifact(
     directory: Path | str, digest: str | None = None, *, clean_process: bool = True, timeout: float = 300
 ) -> VerifyReport:
-    """Check every file of an artifact and run its recorded inputs again.
+    """Check every file of an artifact, a directory or a coded file, and run its recorded inputs again.
 
     Args:
-        directory: of the artifact.
-        digest: that the manifest must have, where it is known from elsewhere.
+        directory: of the artifact, or a coded file.
+        digest: that the manifest must have (of a model packed alone: its files), where it is known from elsewhere.
         clean_process: run in a new process in which nothing but the runtime can be imported.
         timeout: seconds that it may take.
 
@@ -229,7 +234,13 @@ def verify_artifact(
         ArtifactError: naming the file that is missing, too much, changed or unsafe, or the output that differs.
         MissingDependencyError: if its runtime is not installed.
     """
-    directory = Path(directory)
+    with unpacked(directory) as found:
+        if found.contents is not None and found.model is not None:
+            return _verified_model(Path(directory), digest, found.model, found.contents, found.directory)
+        return _verified(found.directory, Path(directory), digest, clean_process=clean_process, timeout=timeout)
+
+
+def _verified(directory: Path, named: Path, digest: str | None, *, clean_process: bool, timeout: float) -> VerifyReport:
     manifest = read_manifest(directory)
     found = manifest_digest(directory)
     if digest is not None and found != digest.lower():
@@ -237,7 +248,7 @@ def verify_artifact(
             f"{MANIFEST} must have the digest {digest}. Got {found}.", "it is not the artifact you expect"
         )
     check_files(directory, manifest)
-    lowered = _lowered(manifest)
+    lowered = model_of(manifest)
     runtime = f"{lowered.runtime} {get_runtime(lowered.runtime).version()}"
     cases, tolerance = read_parity(directory, lowered.signature)
     inputs = {name: case[0] for name, case in cases.items()}
@@ -252,7 +263,7 @@ def verify_artifact(
     )
     sizes = [entry["size"] for entry in manifest["files"].values()]
     return VerifyReport(
-        directory=str(directory),
+        directory=str(named),
         digest=found,
         files=len(sizes) + 1,
         bytes=sum(sizes) + (directory / MANIFEST).stat().st_size,
@@ -260,6 +271,28 @@ def verify_artifact(
         cases=len(cases),
         largest_error=largest,
         notes=certificate_notes(_records(directory)["certificate"], lowered.runtime),
+    )
+
+
+def _verified_model(
+    file: Path, digest: str | None, lowered: Lowered, contents: Contents, directory: Path
+) -> VerifyReport:
+    """Return what can be said of a model packed alone: it was restored to its SHA-256, and its runtime opens it."""
+    if digest is not None and contents.digest != digest.lower():
+        raise ArtifactError(
+            f"The files must have the digest {digest}. Got {contents.digest}.", "it is not the model you expect"
+        )
+    runtime = get_runtime(lowered.runtime)
+    runtime.open(directory, lowered)
+    return VerifyReport(
+        directory=str(file),
+        digest=contents.digest,
+        files=len(contents.files),
+        bytes=contents.bytes,
+        runtime=f"{lowered.runtime} {runtime.version()}",
+        cases=0,
+        largest_error=0.0,
+        notes=("a model packed alone has no recorded answers: its bytes were checked, its outputs were not",),
     )
 
 
@@ -281,7 +314,7 @@ def artifact_files(directory: Path | str) -> ArtifactFiles:
     directory = Path(directory)
     manifest = read_manifest(directory)
     check_files(directory, manifest)
-    return ArtifactFiles(directory=directory, lowered=_lowered(manifest))
+    return ArtifactFiles(directory=directory, lowered=model_of(manifest))
 
 
 def read_certificate(directory: Path | str) -> Certificate | None:
@@ -336,13 +369,6 @@ def _records(directory: Path) -> dict[str, Any]:
         raise ArtifactError(f"A record of the artifact cannot be read: {error}.") from error
 
 
-def _lowered(manifest: Mapping[str, Any]) -> Lowered:
-    try:
-        return from_data(Lowered, manifest["model"])
-    except (KeyError, TrimpointError) as error:
-        raise ArtifactError(f"{MANIFEST} does not describe a model of format {FORMAT}: {error}.") from error
-
-
 def _arrays(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _arrays(item) for key, item in value.items()}
@@ -367,10 +393,3 @@ def _copy(source: Path, destination: Path) -> None:
 def _write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     sync(path)
-
-
-def _own_version() -> str:
-    try:
-        return metadata.version("trimpoint")
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -3,10 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePosixPath
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from trimpoint.errors import ArtifactError
+from trimpoint.errors import ArtifactError, TrimpointError
+from trimpoint.runtimes.base import Lowered
+from trimpoint.storage import is_plain_path
+from trimpoint.values import from_data
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -81,6 +85,18 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
         raise ArtifactError(text, _HINT)
 
 
+def model_of(manifest: Mapping[str, Any]) -> Lowered:
+    """Return what a manifest says of the model.
+
+    Raises:
+        ArtifactError: if it says something else.
+    """
+    try:
+        return from_data(Lowered, manifest["model"])
+    except (KeyError, TrimpointError) as error:
+        raise ArtifactError(f"{MANIFEST} does not describe a model of format {FORMAT}: {error}.") from error
+
+
 def digest_of(directory: Path) -> str:
     """Return the SHA-256 of the manifest file.
 
@@ -105,13 +121,19 @@ def check_name(name: str) -> None:
     Raises:
         ArtifactError: if it is not.
     """
-    path = PurePosixPath(name)
-    safe = name == path.as_posix() and not path.is_absolute() and ".." not in path.parts and path.parts
-    if not safe or any(letter in name for letter in '\\:*?"<>|\0') or name == MANIFEST:
+    if not is_plain_path(name) or name == MANIFEST:
         raise ArtifactError(
             f"The files of a {MANIFEST} must have plain paths within the artifact. Got {name!r}.",
             "use letters, digits, dots, dashes and forward slashes",
         )
+
+
+def own_version() -> str:
+    """Return the version of the package that writes a manifest."""
+    try:
+        return metadata.version("trimpoint")
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def hash_file(path: Path) -> str:

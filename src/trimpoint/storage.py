@@ -5,9 +5,21 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from trimpoint.errors import ArtifactError
+
+
+def is_plain_path(name: str) -> bool:
+    """Return whether a file's name is a plain, portable path that stays below its directory.
+
+    Example:
+        >>> is_plain_path("extra/labels.txt"), is_plain_path("../labels.txt")
+        (True, False)
+    """
+    path = PurePosixPath(name)
+    is_below = name == path.as_posix() and not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+    return is_below and not any(letter in name for letter in '\\:*?"<>|\0')
 
 
 def sync(path: Path) -> None:

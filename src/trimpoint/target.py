@@ -10,6 +10,7 @@ METRICS: dict[str, Better] = {
     "latency_ms": "lower",
     "throughput_per_s": "higher",
     "file_bytes": "lower",
+    "coded_bytes": "lower",
     "peak_rss_bytes": "lower",
     "params": "lower",
     "macs": "lower",

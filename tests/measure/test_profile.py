@@ -35,12 +35,13 @@ def test_everything_is_measured(model):
     assert profile["macs"].value == 64 * 8 * 9 + 8 * 64 * 2
     assert profile["accuracy[select]"].value == pytest.approx(evaluate(model, task, "select").value, abs=0.01)
     assert profile["file_bytes"].value > 4 * profile["params"].value
+    assert 1000 < profile["coded_bytes"].value < profile["file_bytes"].value
     assert profile["latency_ms"].low <= profile["latency_ms"].value <= profile["latency_ms"].high
     assert "energy_j" in profile.missing
     assert any("not counted in macs" in note and "relu ×1" in note for note in profile.notes)
     assert any(operator.module == "4" for operator in measured.operators)
     assert [op.ms for op in measured.operators] == sorted((op.ms for op in measured.operators), reverse=True)
-    assert steps == ["counting", "exporting", "timing", "scoring"]
+    assert steps == ["counting", "exporting", "timing", "coding", "scoring"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert from_data(Profile, to_data(profile)) == profile
 

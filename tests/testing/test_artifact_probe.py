@@ -3,8 +3,8 @@ import torch
 from trimpoint.measure.static import count_macs
 from trimpoint.testing import zoo
 from trimpoint.testing.applied import core_answer, inputs_of, relative_error
+from trimpoint.testing.artifact_probe import coded_bytes, count_params, file_bytes, probed_original
 from trimpoint.testing.artifact_probe import count_macs as count_file_macs
-from trimpoint.testing.artifact_probe import count_params, file_bytes, probed_original
 
 
 def test_file_of_a_small_network_is_counted_right() -> None:
@@ -14,6 +14,7 @@ def test_file_of_a_small_network_is_counted_right() -> None:
     assert count_params(probe) == weights
     assert count_file_macs(probe) == count_macs(model, inputs_of(task)).total
     assert file_bytes(probe) > 4 * weights
+    assert 3 * weights < coded_bytes(probe) < file_bytes(probe)
     assert relative_error(probe.answer(model), core_answer(model, task)) < 1e-5
 
 

@@ -59,7 +59,7 @@ def build_artifact(
         what = "holds an artifact" if is_artifact(directory) else "is not empty"
         raise StorageError(f"{directory} {what} already.", "give another directory with --out")
     with tempfile.TemporaryDirectory(prefix="trimpoint-") as name:
-        bench = Workbench(model, task, target, Path(name), "one plan", progress)
+        bench = Workbench(model, task, target, Path(name), "one plan", progress, coded=True)
         progress.phase("measuring the unmodified model")
         baseline = bench.baseline(_trial(Plan(), number=0, role="baseline"))
         bench.use_baseline(baseline)

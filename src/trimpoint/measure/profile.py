@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from trimpoint.coding import code_model
 from trimpoint.errors import DataError
 from trimpoint.graph import baked
 from trimpoint.measure.environment import cpu_name
@@ -32,8 +33,8 @@ class MeasuredModel:
     """What `measure_model` found.
 
     Args:
-        profile: params, macs, file_bytes, latency_ms, latency_p95_ms, throughput_per_s, peak_rss_bytes, the score as
-            `accuracy[select]`, and `generalisation_gap`; further shapes as `latency_ms[length=128]`.
+        profile: params, macs, file_bytes, coded_bytes, latency_ms, latency_p95_ms, throughput_per_s, peak_rss_bytes,
+            the score as `accuracy[select]`, and `generalisation_gap`; further shapes as `latency_ms[length=128]`.
         operators: time of each operator of the exported model at the median shape, slowest first.
         macs: by module and by operator, with what was not counted.
         qualities: the score on each role that was used, with its interval.
@@ -89,12 +90,14 @@ def measure_model(
         operators = runtime.operators(
             files.directory, files.lowered, inputs.shapes[inputs.middle], threads=target.threads
         )
+        on_step("coding")
+        coded = coded_profile(files)
         on_step("scoring")
         session = runtime.open(files.directory, files.lowered, threads=target.threads)
         scored, qualities = quality_profile(session, task, limit=limit, where=where)
     notes = Profile(notes=(*exported.notes, *files.lowered.unmapped, *files.lowered.warnings))
     return MeasuredModel(
-        profile=static | measured | scored | notes, operators=tuple(operators), macs=macs, qualities=qualities
+        profile=static | measured | coded | scored | notes, operators=tuple(operators), macs=macs, qualities=qualities
     )
 
 
@@ -138,6 +141,20 @@ def artifact_profile(
     notes = [f"latency_ms is for {middle}"] if middle else []
     notes += [note for result in latency.values() for note in result.notes]
     return Profile(metrics, missing={"energy_j": NO_ENERGY}, notes=tuple(dict.fromkeys(notes)))
+
+
+def coded_profile(files: ArtifactFiles) -> Profile:
+    """Return `coded_bytes`: the size of one self-sufficient coded file, which is written and read back.
+
+    Args:
+        files: what the runtime loads.
+    """
+    with tempfile.TemporaryDirectory(prefix="trimpoint-") as name:
+        coded = Path(name) / "model.tpz"
+        code_model(coded, files.directory, files.lowered)
+        size = coded.stat().st_size
+    how = "one file, graph and signature included, that restores what the runtime loads bit for bit"
+    return Profile({"coded_bytes": Measurement(value=size, unit="bytes", how=how)})
 
 
 def quality_profile(

@@ -98,6 +98,7 @@ class PruneWeights(Method):
         targets=("Linear", "Conv1d", "Conv2d"),
         requires=Fact.FLOAT_WEIGHT,
         removes=Fact.DENSE,
+        reduces=frozenset({"coded_bytes"}),
         status="experimental",
     )
 

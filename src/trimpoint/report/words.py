@@ -13,6 +13,7 @@ METRIC_NAMES = {
     "latency_p95_ms": "95th-percentile latency",
     "throughput_per_s": "throughput",
     "file_bytes": "file size",
+    "coded_bytes": "coded size",
     "peak_rss_bytes": "peak memory",
     "params": "parameters",
     "macs": "multiply–accumulates",

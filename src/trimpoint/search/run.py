@@ -215,7 +215,8 @@ def resume(
 def _run(directory: Path, log: TrialLog, model: nn.Module, task: Task, settings: Settings, progress: Progress) -> Study:
     log.note("finished", False)
     key = combined(log.settings()["settings"]["fingerprint"])
-    bench = Workbench(model, task, settings.target, directory, key, progress)
+    coded = "coded_bytes" in {*settings.goal.minimize, *settings.goal.limits}
+    bench = Workbench(model, task, settings.target, directory, key, progress, coded=coded)
     engine = Engine(model=model, task=task, settings=settings, log=log, bench=bench, progress=progress)
     bench.progress = Heartbeat(progress, engine.note_time)
     engine.run()

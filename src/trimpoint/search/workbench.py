@@ -22,7 +22,7 @@ from trimpoint.measure.inputs import capture, core_inputs
 from trimpoint.measure.latency import LatencyResult, measure_latency
 from trimpoint.measure.memory import measure_memory
 from trimpoint.measure.process import ArtifactFiles
-from trimpoint.measure.profile import artifact_profile, static_profile
+from trimpoint.measure.profile import artifact_profile, coded_profile, static_profile
 from trimpoint.measure.quality import Evaluation, evaluate, forecast_upper, quality
 from trimpoint.method import Stage
 from trimpoint.parts import Block, Group
@@ -63,14 +63,23 @@ class Workbench:
         study: directory of the study; stages and lowered files are kept in its `store/`.
         fingerprint: of model, data and target; part of every key.
         progress: where to tell what is being done.
+        coded: measure `coded_bytes`, which takes seconds a megabyte.
     """
 
     def __init__(
-        self, model: nn.Module, task: Task, target: Target, study: Path, fingerprint: str, progress: Progress = SILENT
+        self,
+        model: nn.Module,
+        task: Task,
+        target: Target,
+        study: Path,
+        fingerprint: str,
+        progress: Progress = SILENT,
+        *,
+        coded: bool = False,
     ) -> None:
         self.model, self.task, self.target, self.study = model, task, target, study
         self.store = Store(study / "store")
-        self.fingerprint, self.progress = fingerprint, progress
+        self.fingerprint, self.progress, self.coded = fingerprint, progress, coded
         self.runtime = get_runtime(target.runtime)
         self.inputs = core_inputs(model, task, target)
         self.leaves = parameter_leaves(model)
@@ -301,6 +310,9 @@ class Workbench:
         where = f"{self.runtime.name} {self.runtime.version()} on {cpu_name()}"
         static, _ = static_profile(self.task.core_of(made.module), self.inputs)
         measured = artifact_profile(files, mine, memory, middle=self.inputs.middle, where=where)
+        if self.coded:
+            self.progress.update(text="coding")
+            measured |= coded_profile(files)
         profile = static | measured | _ratio_profile(mine, self.inputs.middle, where) | Profile(notes=disturbed)
         found = None
         if self.task.has("select"):

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from trimpoint.data import as_numpy
 from trimpoint.errors import TrimpointError
+from trimpoint.measure.process import ArtifactFiles
+from trimpoint.measure.profile import coded_profile
 from trimpoint.method import Method
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.base import Lowered, Session
@@ -100,6 +102,11 @@ def probe(model: nn.Module, task: Task, formats: Formats | None = None) -> Probe
 def file_bytes(probed: Probe) -> float:
     """Return the size of the files that the runtime loads, bytes."""
     return float(sum(path.stat().st_size for path in probed.files()))
+
+
+def coded_bytes(probed: Probe) -> float:
+    """Return the size of one coded file that restores what the runtime loads, bytes."""
+    return float(coded_profile(ArtifactFiles(directory=probed.directory, lowered=probed.lowered))["coded_bytes"].value)
 
 
 def count_params(probed: Probe) -> float:

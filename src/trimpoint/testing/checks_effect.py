@@ -79,6 +79,7 @@ def check_reductions_measured(method: Method, entry: ZooEntry) -> None:
     before, after = artifact_probe.probed_original(entry), artifact_probe.probed(method, entry)
     measures: dict[str, Callable[[artifact_probe.Probe], float]] = {
         "file_bytes": artifact_probe.file_bytes,
+        "coded_bytes": artifact_probe.coded_bytes,
         "params": artifact_probe.count_params,
         "macs": artifact_probe.count_macs,
     }

@@ -72,6 +72,7 @@ def export(
         https://docs.pytorch.org/docs/stable/onnx_export.html
     """
     _check_finite(module)
+    _check_projections(module)
     wrapper = _Flat(_copied(module), structure_of(inputs)).eval()
     names = leaf_names(inputs, "input")
     leaves = [leaf.detach().cpu() for leaf in flatten(as_tensors(inputs))]
@@ -127,6 +128,16 @@ def _check_finite(module: nn.Module) -> None:
                 f"The parameter {name!r} must be finite. Got {bad:,} of {parameter.numel():,} values that are NaN or "
                 "infinite.",
                 "the training diverged; start from an earlier checkpoint",
+            )
+
+
+def _check_projections(module: nn.Module) -> None:
+    """Refuse what the exporter would write wrongly without saying so."""
+    for path, part in module.named_modules():
+        if isinstance(part, nn.LSTM) and part.proj_size > 0:
+            raise ExportError(
+                f"The layer {path!r} projects its hidden state (proj_size={part.proj_size}), which ONNX's LSTM cannot.",
+                "write it as a loop over `nn.LSTMCell` and `nn.Linear`, or train it without `proj_size`",
             )
 
 

@@ -313,28 +313,41 @@ def _overrides(selection: Selection, path: str, node: NodeProto, tensors: Mappin
 
 
 def _fix(selection: Selection, path: str, node: NodeProto, grid: Grid, stored: TensorProto) -> None:
-    """Give a weight the scales of its grid, so that the file holds just its integers.
-
-    On the way to the graph a weight may have been transposed, and each of its channels multiplied by a number, as
-    batch normalisation does when it is folded in: integers stay, scales are multiplied by it.
-    """
-    weight = numpy_helper.to_array(stored)
+    """Give a weight the scales of its grid, so that the file holds just its integers."""
     axis = _axis(node)
-    codes = grid.codes if weight.shape == grid.codes.shape and axis == grid.axis else np.swapaxes(grid.codes, 0, 1)
-    if codes.shape != weight.shape:
-        selection.unmapped.append(f"{path}: its weight has another shape in the graph, and is rounded anew")
+    scale = grid_scales(grid, numpy_helper.to_array(stored), axis)
+    if isinstance(scale, str):
+        selection.unmapped.append(f"{path}: {scale}, and is rounded anew")
         return
-    rows = [np.moveaxis(each, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64) for each in (weight, codes)]
-    squares = (rows[1] ** 2).sum(1)
-    scale = np.divide((rows[0] * rows[1]).sum(1), squares, out=np.ones_like(squares), where=squares > 0)
-    if abs(rows[0] - scale[:, None] * rows[1]).max() > _EXACT * abs(rows[0]).max():
-        selection.unmapped.append(f"{path}: its weight is not on its grid in the graph, and is rounded anew")
-        return
-    scale = np.where(scale == 0.0, 1.0, abs(scale)).astype(np.float32)
     zero = np.int8(0)
     settings = [{"quant_type": QuantType.QInt8, "scale": value, "zero_point": zero} for value in scale]
     settings[0]["axis"] = axis
     selection.overrides[node.input[1]] = settings
+
+
+def grid_scales(grid: Grid, weight: np.ndarray, axis: int) -> np.ndarray | str:
+    """Return the scales at which a weight of the graph consists of a grid's integers, or why it does not.
+
+    On the way to the graph a weight may have been transposed, and each of its channels multiplied by a number, as
+    batch normalisation does when it is folded in: integers stay, scales are multiplied by it.
+
+    Args:
+        grid: that the weight was held on.
+        weight: as it is stored in the graph.
+        axis: its dimension of output channels.
+
+    Returns:
+        `[channels]`, float32.
+    """
+    codes = grid.codes if weight.shape == grid.codes.shape and axis == grid.axis else np.swapaxes(grid.codes, 0, 1)
+    if codes.shape != weight.shape:
+        return "its weight has another shape in the graph"
+    rows = [np.moveaxis(each, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64) for each in (weight, codes)]
+    squares = (rows[1] ** 2).sum(1)
+    scale = np.divide((rows[0] * rows[1]).sum(1), squares, out=np.ones_like(squares), where=squares > 0)
+    if abs(rows[0] - scale[:, None] * rows[1]).max() > _EXACT * abs(rows[0]).max():
+        return "its weight is not on its grid in the graph"
+    return np.where(scale == 0.0, 1.0, abs(scale)).astype(np.float32)
 
 
 def _axis(node: NodeProto) -> int:

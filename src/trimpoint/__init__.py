@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trimpoint.compress import compress as compress
     from trimpoint.errors import TrimpointError as TrimpointError
     from trimpoint.graph.held import baked as bake
+    from trimpoint.graph.streaming import streaming as streaming
     from trimpoint.measure.profile import measure_model as measure
     from trimpoint.method import Method as Method
     from trimpoint.plan import Plan as Plan
@@ -62,6 +63,7 @@ _HOMES = {
     "report": "report",
     "resume": "search",
     "search": "search",
+    "streaming": "graph.streaming",
     "verify": "artifact:verify_artifact",
 }
 """Public name → the module that has it, with its name there where that is another."""
@@ -90,6 +92,7 @@ __all__ = [
     "report",
     "resume",
     "search",
+    "streaming",
     "verify",
 ]
 

@@ -98,17 +98,10 @@ def compress_weights(model: Any, exported: Exported, formats: Formats) -> tuple[
         if op.get_type_name() in (*_WEIGHTED, "Gather")
     }
     present = {path for path, _ in kinds.values()}
-    recurrent = {
-        scopes.get(op.get_friendly_name().partition("/")[0], "")
-        for op in model.get_ordered_ops()
-        if op.get_type_name() in _RECURRENT
-    }
     unmapped, chosen = [], []
     for path, tensors in formats.items():
-        if path in recurrent:
-            unmapped.append(f"{path}: OpenVINO has no int8 kernel for recurrent layers")
-        elif path not in present:
-            unmapped.append(f"{path}: NNCF finds no product of it")
+        if path not in present:
+            unmapped.append(f"{path}: NNCF compresses the weights of products and embeddings, and finds none of it")
         elif tensors["weight"].dtype != "int8":
             unmapped.append(f"{path}: NNCF's weights of 8 bits are no {tensors['weight'].dtype}")
         else:

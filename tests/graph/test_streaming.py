@@ -10,6 +10,7 @@ from trimpoint.artifact import Model
 from trimpoint.compress import compress
 from trimpoint.errors import DataError, ModelError
 from trimpoint.graph.streaming import Streaming
+from trimpoint.measure.inputs import core_inputs
 from trimpoint.measure.quality import evaluate
 from trimpoint.methods.factorize_recurrent import FactorizeRecurrent
 from trimpoint.methods.prune_recurrent import PruneRecurrent
@@ -19,6 +20,8 @@ from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.export import export
 from trimpoint.runtimes.stream import Stream
 from trimpoint.runtimes.verify import require_parity
+from trimpoint.signature import flatten
+from trimpoint.target import Target
 from trimpoint.task import Task
 from trimpoint.values import Profile
 
@@ -102,6 +105,9 @@ def test_quality_of_whole_sequences_that_are_run_in_chunks(tmp_path):
     session = lowered(core, x, tmp_path)
     for run in (core, session):
         assert evaluate(run, task, "select").value == 1.0
+    named = core_inputs(core, task.with_(dims={"input_0": {1: "length"}}), Target())
+    assert named.dims["input_0"] == {0: "batch", 1: "length"}
+    assert [leaf.shape for leaf in flatten(named.shapes[""])] == [(1, 4, 8), (1, 2, 16), (1, 2, 16)]
 
 
 def test_a_stream_of_an_artifact_goes_on_is_reset_and_set(tmp_path):

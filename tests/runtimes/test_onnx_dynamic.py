@@ -143,7 +143,7 @@ def test_layers_that_have_kernels(layer, kind, tmp_path):
     result, session = lowered(model, x, tmp_path)
     assert not result.unmapped
     assert {name: kinds(tmp_path)[name] for name in kind} == kind
-    for length in (6,):
+    for length in (1, 6, 9):
         x = torch.randn(3, length, 8)
         expected = model(x).detach().numpy()
         assert abs(session(x.numpy()) - expected).max() < 0.05 * abs(expected).max()
@@ -163,6 +163,22 @@ def test_a_gru_stays_in_float32_and_its_cell_does_not(tmp_path):
 def test_an_lstm_with_projections_is_refused_before_it_is_written_wrongly():
     with pytest.raises(ExportError, match=r"'module' projects its hidden state \(proj_size=4\)"):
         export(First(nn.LSTM(8, 12, proj_size=4, batch_first=True)), torch.randn(2, 4, 8), SEQUENCE)
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 12, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+
+def test_packed_sequences_are_refused_with_a_way_out():
+    with pytest.raises(ExportError, match=r"'lstm'.* reads packed sequences") as caught:
+        export(Packed().eval(), (torch.randn(2, 5, 8), torch.tensor([5, 3])), {"input_0": {0: "batch"}})
+    assert "pad the sequences" in caught.value.hint
 
 
 def test_an_embedding_has_a_scale_per_row(tmp_path):

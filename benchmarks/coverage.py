@@ -51,7 +51,6 @@ METHODS = {
     "factorize-recurrent": {},
     "prune-weights": {"ratio": 0.5},
     "quantize-static": {},
-    "quantize-dynamic": {},
     "sparse-train": {"epochs": 1.0},
     "finetune": {"epochs": 1.0},
     "distill": {"epochs": 1.0},

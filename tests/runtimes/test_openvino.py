@@ -56,9 +56,9 @@ def test_dynamic_formats_are_eight_bit_weights_and_what_differs_is_told(tmp_path
     exported = export(model, x, {"input": networks.OPEN})
     result = RUNTIME.lower(exported, tmp_path, formats=made.formats)
     reasons = dict(text.split(": ", 1) for text in result.unmapped)
-    assert reasons.keys() == {"lstm", "head", "table"}
+    assert reasons.keys() == {"lstm", "activations", "table"}
     assert "finds none of it" in reasons["lstm"]
-    assert "with VNNI only" in reasons["head"]
+    assert "with VNNI only" in reasons["activations"]
     assert 'element_type="i8"' in (tmp_path / "model.xml").read_text()
     answer, expected = RUNTIME.open(tmp_path, result)(x.numpy()), model(x).detach().numpy()
     assert 0 < abs(answer - expected).max() < 0.02 * abs(expected).max()

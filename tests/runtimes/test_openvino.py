@@ -3,11 +3,16 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
+from torch import nn
 
 from tests.runtimes import networks
+from trimpoint.compress import compress
 from trimpoint.data import as_numpy
 from trimpoint.errors import MissingDependencyError
+from trimpoint.methods.quantize_dynamic import QuantizeDynamic
+from trimpoint.plan import Plan
 from trimpoint.runtimes import get_runtime
+from trimpoint.runtimes.export import export
 
 RUNTIME = get_runtime("openvino")
 
@@ -40,3 +45,20 @@ def test_weights_are_stored_in_int8_and_the_graph_without_debris(cases, tmp_path
     tree = ElementTree.parse(tmp_path / "model.xml")
     assert tree.getroot().find("rt_info") is None
     assert "fused_names" not in (tmp_path / "model.xml").read_text()
+
+
+def test_dynamic_formats_are_eight_bit_weights_and_what_differs_is_told(tmp_path):
+    torch.manual_seed(0)
+    model = networks.Recurrent().eval()
+    model.table = nn.Embedding(4, 8)  # nothing runs it
+    made = compress(model, Plan().then(QuantizeDynamic()))
+    x = torch.randn(2, 5, 8)
+    exported = export(model, x, {"input": networks.OPEN})
+    result = RUNTIME.lower(exported, tmp_path, formats=made.formats)
+    reasons = dict(text.split(": ", 1) for text in result.unmapped)
+    assert reasons.keys() == {"lstm", "activations", "table"}
+    assert "finds none of it" in reasons["lstm"]
+    assert "with VNNI only" in reasons["activations"]
+    assert 'element_type="i8"' in (tmp_path / "model.xml").read_text()
+    answer, expected = RUNTIME.open(tmp_path, result)(x.numpy()), model(x).detach().numpy()
+    assert 0 < abs(answer - expected).max() < 0.02 * abs(expected).max()

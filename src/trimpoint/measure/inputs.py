@@ -137,5 +137,7 @@ def synthetic_like(batch: Any, seed: int = 0) -> Any:
 
 
 def _lengths(task: Task, dims: Mapping[str, Mapping[int, str]]) -> dict[str, tuple[int, ...]]:
+    if task.predict is not None and not set(task.dims or {}) <= set(leaf_names(task.example_batch(), "input")):
+        return {}  # the dimensions are those of what `predict` hands on, of which the data says nothing
     known = {name for entry in dims.values() for name in entry.values()}
     return {name: sizes for name, sizes in task.lengths().items() if name in known}

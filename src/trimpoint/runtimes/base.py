@@ -15,6 +15,13 @@ Formats = Mapping[str, Mapping[str, Format]]
 """Module path → tensor (`"weight"`, `"input"`, `"output"`) → number format."""
 
 
+def is_dynamic(tensors: Mapping[str, Format]) -> bool:
+    """Return whether the formats of a module need nothing observed: ranges of each call, or an embedding's rows."""
+    weight = tensors.get("weight")
+    rows = weight is not None and weight.granularity == "channel" and "input" not in tensors
+    return rows or any(format.dynamic for format in tensors.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exported:
     """A module exported once, as every runtime takes it.

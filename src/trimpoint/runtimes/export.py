@@ -16,6 +16,7 @@ from trimpoint.losses import explained
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import export_errors, onnx_graph
 from trimpoint.runtimes.base import Exported
+from trimpoint.runtimes.export_recurrent import AnyLength, translations
 from trimpoint.signature import BATCH, Signature, TensorSpec, flatten, leaf_names, structure_of, unflatten
 from trimpoint.task import call
 
@@ -72,6 +73,7 @@ def export(
         https://docs.pytorch.org/docs/stable/onnx_export.html
     """
     _check_finite(module)
+    _check_projections(module)
     wrapper = _Flat(_copied(module), structure_of(inputs)).eval()
     names = leaf_names(inputs, "input")
     leaves = [leaf.detach().cpu() for leaf in flatten(as_tensors(inputs))]
@@ -131,6 +133,16 @@ def _check_finite(module: nn.Module) -> None:
             )
 
 
+def _check_projections(module: nn.Module) -> None:
+    """Refuse what the exporter would write wrongly without saying so."""
+    for path, part in module.named_modules():
+        if isinstance(part, nn.LSTM) and part.proj_size > 0:
+            raise ExportError(
+                f"The layer {path!r} projects its hidden state (proj_size={part.proj_size}), which ONNX's LSTM cannot.",
+                "write it as a loop over `nn.LSTMCell` and `nn.Linear`, or train it without `proj_size`",
+            )
+
+
 def _tensors_of(value: Any, dropped: list[str], where: str) -> Any:
     """Return nested outputs without what is no tensor; such entries of a mapping go, elsewhere they become `None`."""
     if isinstance(value, Tensor) or value is None:
@@ -185,18 +197,23 @@ def _trace(
     wrapper: _Flat, leaves: Sequence[Tensor], wanted: Sequence[Mapping[int, str]], attempt: _Attempt
 ) -> tuple[ExportedProgram, list[Tensor]]:
     example = [
-        _with_batch(leaf, attempt.batch, [dim for dim, name in entry.items() if name == BATCH])
+        _with_size(leaf, attempt.batch, [dim for dim, name in entry.items() if name == BATCH])
         for leaf, entry in zip(leaves, wanted, strict=True)
     ]
+    # A size of 1 would be taken for one that broadcasts.
+    example = [
+        _with_size(leaf, 2, [dim for dim in opened if leaf.shape[dim] == 1])
+        for leaf, opened in zip(example, attempt.dims, strict=True)
+    ]
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), AnyLength():
             program = torch.export.export(wrapper, tuple(example), dynamic_shapes=(attempt.dims,), strict=False)
     except Exception as error:
         raise export_errors.explain_capture(error, wrapper.module) from error
     return program, example
 
 
-def _with_batch(leaf: Tensor, size: int, dims: Sequence[int]) -> Tensor:
+def _with_size(leaf: Tensor, size: int, dims: Sequence[int]) -> Tensor:
     for dim in dims:
         repeats = -(-size // max(1, leaf.shape[dim]))
         leaf = leaf.repeat_interleave(repeats, dim).narrow(dim, 0, size)
@@ -222,7 +239,7 @@ def _convert(
     custom: Mapping[Any, Callable[..., Any]],
 ) -> Any:
     # The result is an onnx.ModelProto.
-    table: dict[Callable[..., Any], Callable[..., Any]] = {}
+    table: dict[Callable[..., Any], Callable[..., Any]] = translations()
     for operator, translation in custom.items():
         if isinstance(operator, torch._ops.OpOverloadPacket):
             table |= {getattr(operator, overload): translation for overload in operator.overloads()}  # type: ignore[no-untyped-call]
@@ -236,7 +253,7 @@ def _convert(
                 input_names=list(names),
                 output_names=list(output_names),
                 opset_version=_OPSET,
-                custom_translation_table=table or None,
+                custom_translation_table=table,
                 verbose=False,
             )
             if result is None:

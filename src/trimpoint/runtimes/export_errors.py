@@ -49,6 +49,11 @@ def explain_capture(error: Exception, module: nn.Module) -> TrimpointError:
             "a graph has one path: use `torch.where`, or `torch.cond` for both branches; or export only a part with "
             "`Task(core=...)` and keep the branch in `Task(predict=...)`",
         )
+    if path and isinstance(module.get_submodule(path), nn.RNNBase) and "FakeTensor" in text:
+        return ExportError(
+            f"The model cannot be traced{at}: a recurrent layer reads packed sequences.",
+            "pad the sequences instead, and take the outputs at their last steps",
+        )
     return ExportError(
         f"The model cannot be traced{at}: {type(error).__name__}: {first_line(error)}",
         "change that line to what `torch.export` supports, or export only a part with `Task(core=...)`",

@@ -25,34 +25,13 @@ from trimpoint.quiet import quiet
 from trimpoint.runtimes import onnx_graph
 from trimpoint.runtimes.base import Exported, Formats
 from trimpoint.runtimes.observe import float_tensors, observe
+from trimpoint.runtimes.onnx_neighbours import GLUE, glue, same_numbers
 from trimpoint.values import Format
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gather", "Gemm", "MatMul")
 """Operators with a weight that int8 can hold: those with fast kernels, and embeddings, which only get smaller."""
 _EXACT = 1e-5
 """Share of a weight by which it may lie beside its grid, by rounding in float32."""
-GLUE = (
-    "Add",
-    "AveragePool",
-    "Clip",
-    "Concat",
-    "Flatten",
-    "GlobalAveragePool",
-    "LeakyRelu",
-    "MaxPool",
-    "Mul",
-    "Pad",
-    "Relu",
-    "Reshape",
-    "Resize",
-    "Sigmoid",
-    "Squeeze",
-    "Transpose",
-    "Unsqueeze",
-)
-"""Operators that follow their neighbours into int8, so that no conversion stands between two int8 kernels."""
-_HANDED_ON = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
-"""Those that give out some of the numbers that they take in."""
 
 
 @dataclass(kw_only=True)
@@ -139,11 +118,11 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection
         if node.op_type != "Gather":
             _overrides(result, path, node, chosen[path])
             if path in exported.ranges:
-                for name in _same_numbers(model, node.input[0]):
+                for name in same_numbers(model, node.input[0]):
                     result.ranges.setdefault(name, exported.ranges[path])
             if path in exported.grids:
                 _fix(result, path, node, exported.grids[path], stored[node.input[1]])
-    result.nodes += _glue(model, set(result.nodes), weights)
+    result.nodes += glue(model, set(result.nodes), weights)
     return result
 
 
@@ -322,37 +301,41 @@ def _overrides(selection: Selection, path: str, node: NodeProto, tensors: Mappin
 
 
 def _fix(selection: Selection, path: str, node: NodeProto, grid: Grid, stored: TensorProto) -> None:
-    """Give a weight the scales of its grid, so that the file holds just its integers.
-
-    On the way to the graph a weight may have been transposed, and each of its channels multiplied by a number, as
-    batch normalisation does when it is folded in: integers stay, scales are multiplied by it.
-    """
-    weight = numpy_helper.to_array(stored)
+    """Give a weight the scales of its grid, so that the file holds just its integers."""
     axis = _axis(node)
-    codes = grid.codes if weight.shape == grid.codes.shape and axis == grid.axis else np.swapaxes(grid.codes, 0, 1)
-    if codes.shape != weight.shape:
-        selection.unmapped.append(f"{path}: its weight has another shape in the graph, and is rounded anew")
+    scale = grid_scales(grid, numpy_helper.to_array(stored), axis)
+    if isinstance(scale, str):
+        selection.unmapped.append(f"{path}: {scale}, and is rounded anew")
         return
-    rows = [np.moveaxis(each, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64) for each in (weight, codes)]
-    squares = (rows[1] ** 2).sum(1)
-    scale = np.divide((rows[0] * rows[1]).sum(1), squares, out=np.ones_like(squares), where=squares > 0)
-    if abs(rows[0] - scale[:, None] * rows[1]).max() > _EXACT * abs(rows[0]).max():
-        selection.unmapped.append(f"{path}: its weight is not on its grid in the graph, and is rounded anew")
-        return
-    scale = np.where(scale == 0.0, 1.0, abs(scale)).astype(np.float32)
     zero = np.int8(0)
     settings = [{"quant_type": QuantType.QInt8, "scale": value, "zero_point": zero} for value in scale]
     settings[0]["axis"] = axis
     selection.overrides[node.input[1]] = settings
 
 
-def _same_numbers(model: ModelProto, name: str) -> Iterator[str]:
-    """Yield a tensor and those that hand their numbers on to it, whose scale it has."""
-    made_by = {output: node for node in model.graph.node for output in node.output}
-    yield name
-    while name in made_by and made_by[name].op_type in _HANDED_ON:
-        name = made_by[name].input[0]
-        yield name
+def grid_scales(grid: Grid, weight: np.ndarray, axis: int) -> np.ndarray | str:
+    """Return the scales at which a weight of the graph consists of a grid's integers, or why it does not.
+
+    On the way to the graph a weight may have been transposed, and each of its channels multiplied by a number, as
+    batch normalisation does when it is folded in: integers stay, scales are multiplied by it.
+
+    Args:
+        grid: that the weight was held on.
+        weight: as it is stored in the graph.
+        axis: its dimension of output channels.
+
+    Returns:
+        `[channels]`, float32.
+    """
+    codes = grid.codes if weight.shape == grid.codes.shape and axis == grid.axis else np.swapaxes(grid.codes, 0, 1)
+    if codes.shape != weight.shape:
+        return "its weight has another shape in the graph"
+    rows = [np.moveaxis(each, axis, 0).reshape(weight.shape[axis], -1).astype(np.float64) for each in (weight, codes)]
+    squares = (rows[1] ** 2).sum(1)
+    scale = np.divide((rows[0] * rows[1]).sum(1), squares, out=np.ones_like(squares), where=squares > 0)
+    if abs(rows[0] - scale[:, None] * rows[1]).max() > _EXACT * abs(rows[0]).max():
+        return "its weight is not on its grid in the graph"
+    return np.where(scale == 0.0, 1.0, abs(scale)).astype(np.float32)
 
 
 def _axis(node: NodeProto) -> int:
@@ -365,34 +348,3 @@ def _transposed(node: NodeProto) -> bool:
     if node.op_type != "Gemm":
         return bool(node.op_type == "Conv")
     return "transB" in {attribute.name for attribute in node.attribute if attribute.i == 1}
-
-
-def _glue(model: ModelProto, chosen: set[str], weights: set[str]) -> list[str]:
-    """Return the nodes that follow quantised nodes into int8: all data that they read comes from int8 operators.
-
-    The outputs of the model are left in float32, so that they are not rounded once more.
-    """
-    nodes = list(model.graph.node)
-    made_by = {name: node for node in nodes for name in node.output}
-    candidates = {node.name for node in nodes if node.op_type in GLUE}
-    outputs = {value.name for value in model.graph.output}
-    while True:
-        inside = chosen | candidates
-        kept = {
-            node.name
-            for node in nodes
-            if node.name in candidates
-            and _fed(node, made_by, inside, weights)
-            and not any(name in outputs for name in node.output)
-        }
-        if kept == candidates:
-            return [node.name for node in nodes if node.name in kept]
-        candidates = kept
-
-
-def _fed(node: NodeProto, made_by: Mapping[str, NodeProto], inside: set[str], weights: set[str]) -> bool:
-    """Return whether the data inputs of a node come from inside; shapes and other constants do not count."""
-    data = [name for name in node.input[: 1 if node.op_type not in ("Add", "Mul", "Concat") else None] if name]
-    if not data or any(name in weights for name in data):
-        return False
-    return all(name in made_by and made_by[name].name in inside for name in data)

@@ -17,6 +17,7 @@ from trimpoint.runtimes.base import (
     Runtime,
     Session,
     calibration_feeds,
+    is_dynamic,
 )
 from trimpoint.signature import Signature
 
@@ -48,7 +49,8 @@ class OnnxRuntime(Runtime):
     left to the moment of opening, since doing the basic level beforehand changed neither size nor latency. Int8 is
     ONNX Runtime's own static quantiser (quantise/dequantise form) on the nodes of the modules that have formats and
     on what lies between them; the quantised operators are then fused, as on opening, where that gives bitwise equal
-    answers in a smaller file. Activations are stored as uint8 whatever their format's type, since on x86-64 only
+    answers in a smaller file. Dynamic int8 is written as the operators that those of `quantize_dynamic` are fused into,
+    and needs no data. Activations of static int8 are stored as uint8 whatever their format's type, since on x86-64 only
     uint8 activations have fused kernels; int8 around zero is uint8 around 128.
 
     References:
@@ -194,22 +196,31 @@ def _import() -> Any:
 def _quantized(
     model: Any, exported: Exported, formats: Formats, calibration: Sequence[Any]
 ) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
-    from trimpoint.runtimes import onnx_graph, onnx_quantize, saturation
+    """Return the model with its formats realised, what could not be, and what to beware of elsewhere.
+
+    Static formats come first, then dynamic ones.
+    """
+    from trimpoint.runtimes import onnx_dynamic, onnx_graph, onnx_quantize, saturation
 
     prepared = onnx_quantize.preprocess(model)
-    selection = onnx_quantize.select(prepared, exported, formats)
-    if not selection.nodes:
-        return model, tuple(selection.unmapped), ()
-    separate = onnx_quantize.quantize(prepared, selection, calibration_feeds(exported.signature, calibration))
+    each_call = {path: tensors for path, tensors in formats.items() if is_dynamic(tensors)}
+    before = {path: tensors for path, tensors in formats.items() if path not in each_call}
+    dynamic = onnx_dynamic.select(prepared, exported, each_call)
+    static = onnx_quantize.select(prepared, exported, before)
+    unmapped = (*static.unmapped, *dynamic.unmapped)
+    if not static.nodes:
+        return (onnx_dynamic.quantize(prepared, dynamic) if dynamic.weights else model), unmapped, ()
+    separate = onnx_quantize.quantize(prepared, static, calibration_feeds(exported.signature, calibration))
+    found = saturation.saturations(separate, calibration_feeds(exported.signature, calibration))
+    warnings = tuple(saturation.warning(each, module_of(each.node, exported.scopes)) for each in found)
+    separate = onnx_dynamic.quantize(separate, dynamic)
     onnx_graph.strip(separate)
     fused = onnx_quantize.fuse(separate)
     onnx_graph.strip(fused)
-    before, after = onnx_graph.serialize(separate), onnx_graph.serialize(fused)
-    found = saturation.saturations(separate, calibration_feeds(exported.signature, calibration))
-    warnings = tuple(saturation.warning(each, module_of(each.node, exported.scopes)) for each in found)
+    one, other = onnx_graph.serialize(separate), onnx_graph.serialize(fused)
     feeds = next(calibration_feeds(exported.signature, calibration))
-    smaller = len(after) < len(before) and onnx_quantize.same_answers(before, after, feeds)
-    return (fused if smaller else separate), tuple(selection.unmapped), warnings
+    smaller = len(other) < len(one) and onnx_quantize.same_answers(one, other, feeds)
+    return (fused if smaller else separate), unmapped, warnings
 
 
 def _scopes_of(model: Any, scopes: Mapping[str, str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
 from trimpoint.quiet import quiet
-from trimpoint.runtimes.base import Exported, Formats, Lowered, OperatorTime, Runtime, Session
+from trimpoint.runtimes.base import Exported, Formats, Lowered, OperatorTime, Runtime, Session, is_dynamic
 from trimpoint.signature import Signature
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
@@ -38,7 +38,8 @@ class OpenVinoSession(Session):
 class OpenVino(Runtime):
     """OpenVINO with its CPU plug-in, float32 arithmetic pinned where the model is float32.
 
-    Int8 is NNCF's post-training quantisation, restricted to the modules that have formats.
+    Static int8 is NNCF's post-training quantisation, restricted to the modules that have formats; where they are
+    dynamic, weights are stored in 8 bits, and it is up to the plug-in whether activations are rounded.
 
     References:
         https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
@@ -67,7 +68,13 @@ class OpenVino(Runtime):
             from trimpoint.runtimes import nncf_quantize
 
             _needs_nncf()
-            model, unmapped = nncf_quantize.quantize(model, exported, formats, calibration)
+            each_call = {path: tensors for path, tensors in formats.items() if is_dynamic(tensors)}
+            before = {path: tensors for path, tensors in formats.items() if path not in each_call}
+            if before:
+                model, unmapped = nncf_quantize.quantize(model, exported, before, calibration)
+            if each_call:
+                model, more = nncf_quantize.compress_weights(model, exported, each_call)
+                unmapped += more
         return self._save(model, exported, directory, unmapped)
 
     def lower_one_line_int8(self, exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:

@@ -8,7 +8,8 @@ Depthwise convolutions have a kernel of their own that does not.
 This module needs `onnx` (the full installation); what opens an artifact does not import it.
 
 References:
-    ONNX Runtime, "Quantize ONNX models", under "When and why do I need to try U8U8?"; Intel, "Intrinsics guide", `_mm256_maddubs_epi16`.
+    ONNX Runtime, "Quantize ONNX models", under "When and why do I need to try U8U8?"; Intel, "Intrinsics guide",
+    `_mm256_maddubs_epi16`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,0 +1,71 @@
+"""Which operators of an ONNX graph follow their neighbours into int8, and which tensors share their numbers.
+
+This module needs `onnx` (the full installation); what opens an artifact does not import it.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from onnx import ModelProto, NodeProto
+
+GLUE = (
+    "Add",
+    "AveragePool",
+    "Clip",
+    "Concat",
+    "Flatten",
+    "GlobalAveragePool",
+    "LeakyRelu",
+    "MaxPool",
+    "Mul",
+    "Pad",
+    "Relu",
+    "Reshape",
+    "Resize",
+    "Sigmoid",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)
+"""Operators that follow their neighbours into int8, so that no conversion stands between two int8 kernels."""
+_HANDED_ON = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Those that give out some of the numbers that they take in."""
+
+
+def glue(model: ModelProto, chosen: set[str], weights: set[str]) -> list[str]:
+    """Return the nodes that follow quantised nodes into int8: all data that they read comes from int8 operators.
+
+    The outputs of the model are left in float32, so that they are not rounded once more.
+    """
+    nodes = list(model.graph.node)
+    made_by = {name: node for node in nodes for name in node.output}
+    candidates = {node.name for node in nodes if node.op_type in GLUE}
+    outputs = {value.name for value in model.graph.output}
+    while True:
+        inside = chosen | candidates
+        kept = {
+            node.name
+            for node in nodes
+            if node.name in candidates
+            and _fed(node, made_by, inside, weights)
+            and not any(name in outputs for name in node.output)
+        }
+        if kept == candidates:
+            return [node.name for node in nodes if node.name in kept]
+        candidates = kept
+
+
+def _fed(node: NodeProto, made_by: Mapping[str, NodeProto], inside: set[str], weights: set[str]) -> bool:
+    """Return whether the data inputs of a node come from inside; shapes and other constants do not count."""
+    data = [name for name in node.input[: 1 if node.op_type not in ("Add", "Mul", "Concat") else None] if name]
+    if not data or any(name in weights for name in data):
+        return False
+    return all(name in made_by and made_by[name].name in inside for name in data)
+
+
+def same_numbers(model: ModelProto, name: str) -> Iterator[str]:
+    """Yield a tensor and those that hand their numbers on to it, whose scale it has."""
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    yield name
+    while name in made_by and made_by[name].op_type in _HANDED_ON:
+        name = made_by[name].input[0]
+        yield name

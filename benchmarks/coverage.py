@@ -79,7 +79,7 @@ class Cell:
         notes: what the exporter or the runtime did otherwise than asked.
         max_rel: largest difference from the module, as a share of the output's largest magnitude.
         sqnr_db: signal to noise of the main output, decibels; `None` where there is no noise.
-        seconds: for applying (once for both runtimes), exporting and lowering.
+        seconds: for applying (once for all runtimes), exporting and lowering.
     """
 
     architecture: str
@@ -105,7 +105,7 @@ def try_architecture(
     for method in methods:
         started = time.perf_counter()
         blank = Cell(architecture=architecture.name, method=method, runtime="", status="")
-        found = _attempt(blank, _applied, model, task, inputs)
+        found = _attempt(blank, _applied, model, task, inputs, runtimes)
         for runtime in runtimes:
             cell = replace(blank, runtime=runtime)
             if isinstance(found, Cell):
@@ -125,13 +125,16 @@ def _attempt(blank: Cell, work: Callable[..., Any], *arguments: Any) -> Any:
         return replace(blank, status="crashes", detail=_plain(f"{type(error).__name__}: {error}"))
 
 
-def _applied(blank: Cell, model: nn.Module, task: Task, inputs: CoreInputs) -> tuple[Compressed, Exported] | Cell:
+def _applied(
+    blank: Cell, model: nn.Module, task: Task, inputs: CoreInputs, runtimes: Sequence[str]
+) -> tuple[Compressed, Exported] | Cell:
     parameters = METHODS[blank.method]
     steps = () if parameters is None else (Step(make_method(blank.method, parameters)),)
     made = compress(model, Plan(steps), task)
     if steps and all(change.kind == "skipped" for change in made.changes):
         return replace(blank, status="skipped", detail=_reasons(made.changes))
-    return made, export(made.module, inputs.example, inputs.dims)
+    sources = tuple({get_runtime(name).source for name in runtimes})
+    return made, export(made.module, inputs.example, inputs.dims, sources=sources)
 
 
 def _lowered(cell: Cell, made: Compressed, exported: Exported, task: Task, inputs: CoreInputs) -> Cell:
@@ -151,7 +154,7 @@ def _lowered(cell: Cell, made: Compressed, exported: Exported, task: Task, input
         cell,
         status="works",
         detail=_done(made.changes),
-        notes=tuple(_plain(note) for note in (*exported.notes, *lowered.unmapped)),
+        notes=tuple(_plain(note) for note in (*exported.notes, *lowered.notes, *lowered.unmapped)),
         max_rel=float(f"{parity.max_rel:.3g}"),
         sqnr_db=round(parity.sqnr_db, 1) if parity.sqnr_db != float("inf") else None,
     )

@@ -11,16 +11,14 @@ from onnx import ModelProto, TensorProto, helper
 
 from trimpoint.errors import DataError, LoweringError
 from trimpoint.quantization.histogram import Histogram
-from trimpoint.quantization.ranges import Levels, Range, entropy, least_squares, minmax, percentile
+from trimpoint.quantization.ranges import Range
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import onnx_graph
+from trimpoint.runtimes.calibration import Feed, range_of, unpadded
 from trimpoint.values import Format
 
 MEMORY = 64 * 2**20
 """Bytes of activations that are held at once, at most, unless one sample has more."""
-MASKS = ("attention_mask",)
-
-Feed = dict[str, np.ndarray]
 
 
 def float_tensors(model: ModelProto) -> set[str]:
@@ -70,16 +68,6 @@ def observe(model: ModelProto, wanted: Mapping[str, Format], feeds: Iterable[Fee
     return seen | {name: range_of(histogram, wanted[name]) for name, histogram in counted.items()}
 
 
-def range_of(histogram: Histogram, kind: Format) -> Range:
-    """Return the range of a tensor for a format, by the format's rule."""
-    levels = Levels(count=2**kind.bits - (1 if kind.symmetric else 0), symmetric=kind.symmetric)
-    if kind.observer == "percentile":
-        return percentile(histogram, kind.percentile / 100.0)
-    if kind.observer == "entropy":
-        return entropy(histogram, levels)
-    return least_squares(histogram, levels) if kind.observer == "mse" else minmax(histogram)
-
-
 def _session(model: ModelProto, extremes: list[str], whole: list[str]) -> onnxruntime.InferenceSession:
     """Return a session whose outputs are the extremes of some tensors, and others whole."""
     watched = ModelProto()
@@ -120,7 +108,7 @@ def _pieces(model: ModelProto, session: onnxruntime.InferenceSession, feeds: Ite
     free = bool(batch) and all(names and names[0] == batch for names in dims.values())
     sizes: dict[tuple[tuple[int, ...], ...], int] = {}
     for feed in feeds:
-        for same in _unpadded(feed, dims) if free else [feed]:
+        for same in unpadded(feed, dims) if free else [feed]:
             read = {name: array for name, array in same.items() if name in taken}
             if not free:
                 yield read
@@ -130,25 +118,6 @@ def _pieces(model: ModelProto, session: onnxruntime.InferenceSession, feeds: Ite
                 sizes[shape] = _samples_at_once(session, {name: array[:1] for name, array in read.items()})
             for start in range(0, len(next(iter(read.values()))), sizes[shape]):
                 yield {name: array[start : start + sizes[shape]] for name, array in read.items()}
-
-
-def _unpadded(feed: Feed, dims: Mapping[str, list[str]]) -> Iterator[Feed]:
-    """Yield the samples of a batch, those of one length together, without the positions that a mask excludes."""
-    name = next((n for n in MASKS if n in feed and feed[n].ndim == 2 and dims[n][1]), None)
-    if name is None or not np.isin(feed[name], (0, 1)).all():
-        yield feed
-        return
-    kept, length = feed[name] != 0, dims[name][1]
-    for pattern in np.unique(kept, axis=0):
-        rows, columns = np.flatnonzero((kept == pattern).all(axis=1)), np.flatnonzero(pattern)
-        if len(columns) == 0:
-            continue
-        cut = {key: array[rows] for key, array in feed.items()}
-        for key, names in dims.items():
-            for axis, dim in enumerate(names):
-                if dim == length and key in cut:
-                    cut[key] = np.take(cut[key], columns, axis=axis)
-        yield cut
 
 
 def _run(session: onnxruntime.InferenceSession, outputs: list[str], feed: Feed) -> list[np.ndarray]:

@@ -76,6 +76,7 @@ class Workbench:
         self._unmodified = Build(module=model, given=model, task=task)
         self.overhead_seconds = 8.0
         self._calibration: list[Any] | None = None
+        self._traced: tuple[str, Exported] | None = None
         self._baseline: tuple[ArtifactFiles, Evaluation | None] | None = None
         self._fastest_ms = math.inf
         self._teachers: MutableMapping[str, Tensor] = {}
@@ -226,11 +227,20 @@ class Workbench:
         return self._calibration
 
     def _exported(self, made: Compressed) -> Exported:
-        """Return the export, shared by plans that differ in number formats only, unless weights were put on grids."""
+        """Return the export, shared by plans that differ in number formats only, unless weights were put on grids.
+
+        ONNX graphs are kept in the store. A traced program is not, only the last one is, in memory: it takes less time
+        to make than it takes to lower, and to read one from a file is to run what the file says.
+        """
         grids, steps = grids_of(self.task.core_of(made.module)), made.plan.steps
         if not grids:
             steps = tuple(step for step in steps if step.method.traits.stage is not Stage.QUANTIZE)
         key = self._key("export", Plan(steps, made.plan.seed).hash, f"{made.effort:.6f}")
+        if self.runtime.source == "program":
+            if self._traced is None or self._traced[0] != key:
+                core = self.task.core_of(made.module)
+                self._traced = key, export(core, self.inputs.example, self.inputs.dims, sources=("program",))
+            return self._traced[1]
 
         def write(directory: Path) -> None:
             exported = export(self.task.core_of(made.module), self.inputs.example, self.inputs.dims)

@@ -225,7 +225,9 @@ def _scopes(program: ExportedProgram, owners: Mapping[str, str]) -> dict[str, st
         inner = getattr(program.graph_module, str(delegate.target)).original_module
         given = inner.graph_signature
         names = {**given.inputs_to_parameters, **given.inputs_to_buffers, **given.inputs_to_lifted_tensor_constants}
-        weighted = [node for node in inner.graph.nodes if _WEIGHTED.search(str(node.target))]
+        weighted = [
+            node for node in inner.graph.nodes if node.op == "call_function" and _WEIGHTED.search(str(node.target))
+        ]
         for position, node in enumerate(weighted):
             weight = names.get(_placeholder(node.args[1]), "")
             path = owners.get(weight, weight.removeprefix(PREFIX).rpartition(".")[0])

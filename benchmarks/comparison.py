@@ -105,7 +105,7 @@ class Comparison:
             made = compress(self.model, make, self.task, cache=self.answers) if isinstance(make, Plan) else make()
             module = made.module if isinstance(made, Compressed) else made
             lowered = self.runtime.lower(
-                export(self.task.core_of(module.eval()), self.inputs.example, self.inputs.dims),
+                self._exported(module.eval()),
                 directory,
                 **self._numbers(made),
             )
@@ -169,10 +169,14 @@ class Comparison:
         directory = self._directory(name)
         if not (directory / FACTS).exists():
             directory.mkdir(parents=True, exist_ok=True)
-            exported = export(self.task.core_of(self.model), self.inputs.example, self.inputs.dims)
+            exported = self._exported(self.model)
             facts = {"recipe": recipe, "commit": commit()}
             self._keep(directory, lower(exported, directory, self.calibration()), facts)
         self._read(name, directory, recipe)
+
+    def _exported(self, module: nn.Module) -> Exported:
+        core = self.task.core_of(module)
+        return export(core, self.inputs.example, self.inputs.dims, sources=(self.runtime.source,))
 
     def _directory(self, name: str) -> Path:
         return self.out / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

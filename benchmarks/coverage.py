@@ -56,6 +56,8 @@ METHODS = {
     "distill": {"epochs": 1.0},
 }
 """Method → its parameters; `none` is the network as it is."""
+RUNTIMES = ("onnxruntime", "openvino")
+"""In the committed table. ExecuTorch takes ten times as long to lower; `--runtime executorch` tries it."""
 MOST_FAILING = 0.1
 """Share of the cells that may fail."""
 LEAST_SQNR_DB = 10.0
@@ -79,7 +81,7 @@ class Cell:
         notes: what the exporter or the runtime did otherwise than asked.
         max_rel: largest difference from the module, as a share of the output's largest magnitude.
         sqnr_db: signal to noise of the main output, decibels; `None` where there is no noise.
-        seconds: for applying (once for both runtimes), exporting and lowering.
+        seconds: for applying (once for all runtimes), exporting and lowering.
     """
 
     architecture: str
@@ -97,7 +99,7 @@ class Cell:
 
 
 def try_architecture(
-    architecture: Architecture, methods: Sequence[str] = tuple(METHODS), runtimes: Sequence[str] = runtime_names()
+    architecture: Architecture, methods: Sequence[str] = tuple(METHODS), runtimes: Sequence[str] = RUNTIMES
 ) -> Iterator[Cell]:
     """Yield the cells of one network."""
     model, task = architecture.make()
@@ -105,7 +107,7 @@ def try_architecture(
     for method in methods:
         started = time.perf_counter()
         blank = Cell(architecture=architecture.name, method=method, runtime="", status="")
-        found = _attempt(blank, _applied, model, task, inputs)
+        found = _attempt(blank, _applied, model, task, inputs, runtimes)
         for runtime in runtimes:
             cell = replace(blank, runtime=runtime)
             if isinstance(found, Cell):
@@ -125,13 +127,16 @@ def _attempt(blank: Cell, work: Callable[..., Any], *arguments: Any) -> Any:
         return replace(blank, status="crashes", detail=_plain(f"{type(error).__name__}: {error}"))
 
 
-def _applied(blank: Cell, model: nn.Module, task: Task, inputs: CoreInputs) -> tuple[Compressed, Exported] | Cell:
+def _applied(
+    blank: Cell, model: nn.Module, task: Task, inputs: CoreInputs, runtimes: Sequence[str]
+) -> tuple[Compressed, Exported] | Cell:
     parameters = METHODS[blank.method]
     steps = () if parameters is None else (Step(make_method(blank.method, parameters)),)
     made = compress(model, Plan(steps), task)
     if steps and all(change.kind == "skipped" for change in made.changes):
         return replace(blank, status="skipped", detail=_reasons(made.changes))
-    return made, export(made.module, inputs.example, inputs.dims)
+    sources = tuple({get_runtime(name).source for name in runtimes})
+    return made, export(made.module, inputs.example, inputs.dims, sources=sources)
 
 
 def _lowered(cell: Cell, made: Compressed, exported: Exported, task: Task, inputs: CoreInputs) -> Cell:
@@ -152,7 +157,7 @@ def _lowered(cell: Cell, made: Compressed, exported: Exported, task: Task, input
         cell,
         status="works",
         detail=_done(made.changes),
-        notes=tuple(_plain(note) for note in (*exported.notes, *lowered.unmapped)),
+        notes=tuple(_plain(note) for note in (*exported.notes, *lowered.notes, *lowered.unmapped)),
         max_rel=float(f"{parity.max_rel:.3g}"),
         sqnr_db=round(parity.sqnr_db, 1) if parity.sqnr_db != float("inf") else None,
     )
@@ -187,20 +192,24 @@ def _plain(text: str) -> str:
 # All of them
 
 
-def run_in_process(architecture: Architecture, state: Path, limit: float) -> list[Cell]:
+def run_in_process(
+    architecture: Architecture, state: Path, limit: float, runtimes: Sequence[str] = RUNTIMES
+) -> list[Cell]:
     """Try a network in a process of its own; cells that it did not come to fail with the reason.
 
     Args:
         architecture: the network.
         state: directory in which the process keeps its cells.
         limit: seconds that it may take.
+        runtimes: to lower to.
     """
     file = state / f"{_slug(architecture.name)}.jsonl"
     done = read_cells(file)
-    wanted = [(method, runtime) for method in METHODS for runtime in runtime_names()]
+    wanted = [(method, runtime) for method in METHODS for runtime in runtimes]
     if {(cell.method, cell.runtime) for cell in done} >= set(wanted):
         return done
     command = [sys.executable, "-m", "benchmarks.coverage", architecture.name, "--child", "--state", str(state)]
+    command += [word for runtime in runtimes for word in ("--runtime", runtime)]
     try:
         code = subprocess.run(
             command, cwd=HERE.parent, timeout=limit, check=False, stderr=subprocess.DEVNULL
@@ -228,16 +237,16 @@ def read_cells(file: Path) -> list[Cell]:
     return cells
 
 
-def run_child(architecture: Architecture, state: Path) -> None:
+def run_child(architecture: Architecture, state: Path, runtimes: Sequence[str] = RUNTIMES) -> None:
     """Try what a network still lacks, and keep each cell as soon as it is known."""
     file = state / f"{_slug(architecture.name)}.jsonl"
     kept = read_cells(file)
-    complete = [m for m in METHODS if sum(cell.method == m for cell in kept) == len(runtime_names())]
+    complete = [m for m in METHODS if sum(cell.method == m for cell in kept) == len(runtimes)]
     with file.open("w", encoding="utf-8") as stream:
         for cell in (c for c in kept if c.method in complete):
             stream.write(json.dumps(asdict(cell), ensure_ascii=False) + "\n")
         stream.flush()
-        for cell in try_architecture(architecture, [m for m in METHODS if m not in complete]):
+        for cell in try_architecture(architecture, [m for m in METHODS if m not in complete], runtimes):
             stream.write(json.dumps(asdict(cell), ensure_ascii=False) + "\n")
             stream.flush()
 
@@ -275,7 +284,7 @@ def page(result: dict[str, Any], cells: Sequence[Cell]) -> str:
         "",
         f"{found['fails'] + found['crashes']} of {total} cells fail "
         f"({(found['fails'] + found['crashes']) / max(1, total):.1%}). First mark of a cell: "
-        + ", second: ".join(runtime_names())
+        + ", second: ".join(dict.fromkeys(cell.runtime for cell in cells))
         + ".",
         "",
         "| network | kind | " + " | ".join(METHODS) + " |",
@@ -367,12 +376,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=900, help="seconds for one network")
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument(
+        "--runtime", action="append", choices=runtime_names(), help="instead of those of the table; may be repeated"
+    )
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    networks = chosen(options.name)
+    networks, runtimes = chosen(options.name), tuple(options.runtime or RUNTIMES)
     options.state.mkdir(parents=True, exist_ok=True)
     if options.child:
-        run_child(networks[0], options.state)
+        run_child(networks[0], options.state, runtimes)
         return 0
     started, cells = time.perf_counter(), {}
     if options.name and options.result.exists():
@@ -380,7 +392,7 @@ def main(arguments: list[str] | None = None) -> int:
             row.pop("system")
             cells.setdefault(row["architecture"], []).append(Cell(**row | {"notes": tuple(row["notes"])}))
     for network in networks:
-        cells[network.name] = run_in_process(network, options.state, options.limit)
+        cells[network.name] = run_in_process(network, options.state, options.limit, runtimes)
         found = counts(cells[network.name])
         print(
             f"{network.name}: " + ", ".join(f"{count} {status}" for status, count in found.items() if count), flush=True

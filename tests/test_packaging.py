@@ -105,7 +105,7 @@ def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     assert "Apache License" in archive.read(f"{information}/licenses/LICENSE").decode()
     metadata = archive.read(f"{information}/METADATA").decode()
     assert "Requires-Python: >=3.11" in metadata
-    for extra in ("full", "openvino", "dev"):
+    for extra in ("full", "openvino", "executorch", "dev"):
         assert f"Provides-Extra: {extra}\n" in metadata
 
 
@@ -226,8 +226,8 @@ def test_a_name_of_the_full_half_says_what_to_install(light: Path) -> None:
 
 
 def test_the_table_of_extras_is_what_is_declared() -> None:
-    for extra in ("full", "openvino"):
-        names = {distribution(text) for text in EXTRAS[extra]}
+    for extra in ("full", "openvino", "executorch"):
+        names = {distribution(text) for text in EXTRAS[extra]} - ({"torch"} if extra != "full" else set())
         listed = {module for module, brings in MODULES.items() if brings == extra}
         assert listed == {name.replace("-", "_") for name in names}
 
@@ -294,7 +294,10 @@ def imported() -> set[str]:
 def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
     declared = {IMPORTED_AS.get(name := distribution(text), name.replace("-", "_")) for text in everything_declared()}
     assert imported() - declared == set()
-    for_users = {distribution(text) for text in [*PROJECT["dependencies"], *EXTRAS["full"], *EXTRAS["openvino"]]}
+    for_users = {
+        distribution(text)
+        for text in [*PROJECT["dependencies"], *EXTRAS["full"], *EXTRAS["openvino"], *EXTRAS["executorch"]]
+    }
     assert {IMPORTED_AS.get(name, name.replace("-", "_")) for name in for_users} - {""} - imported() == set()
 
 

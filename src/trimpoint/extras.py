@@ -6,7 +6,12 @@ needs it; where that is missing, the error says what to install.
 
 from trimpoint.errors import MissingDependencyError
 
-EXTRAS = {"openvino": "openvino", "nncf": "openvino"} | dict.fromkeys(
+EXTRAS = {
+    "openvino": "openvino",
+    "nncf": "openvino",
+    "executorch": "executorch",
+    "torchao": "executorch",
+} | dict.fromkeys(
     ("filelock", "jinja2", "onnx", "onnxscript", "optuna", "psutil", "rich", "scipy", "sqlalchemy", "tomli_w", "torch"),
     "full",
 )

@@ -4,7 +4,7 @@ Nothing here imports torch. A structure is JSON data: `"tensor"`, `None`, `{"tup
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from trimpoint.errors import DataError
@@ -29,12 +29,21 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """Inputs and outputs of a model, flat, with the structures that they are taken from and returned in."""
+    """Inputs and outputs of a model, flat, with the structures that they are taken from and returned in.
+
+    Args:
+        inputs: in order.
+        outputs: in order.
+        input_structure: that the inputs come in.
+        output_structure: that the outputs are returned in.
+        limits: dynamic dimension → the largest size that its memory was planned for, in runtimes that plan ahead.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     input_structure: Any = "tensor"
     output_structure: Any = "tensor"
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 def structure_of(value: Any) -> Any:
@@ -111,8 +120,13 @@ def _count(structure: Any) -> int:
     return sum(map(_count, structure["tuple"] if "tuple" in structure else structure["dict"].values()))
 
 
-def check_inputs(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> None:
+def check_inputs(specs: Sequence[TensorSpec], arrays: Sequence[Any], limits: Mapping[str, int] | None = None) -> None:
     """Check arrays against their specification: number, type, rank, sizes, and equal sizes for equal names.
+
+    Args:
+        specs: what is expected.
+        arrays: what is given, in the same order.
+        limits: dynamic dimension → its largest size.
 
     Raises:
         DataError: naming the first input that does not fit.
@@ -130,4 +144,11 @@ def check_inputs(specs: Sequence[TensorSpec], arrays: Sequence[Any]) -> None:
             raise DataError(
                 f"The input {spec.name!r} must be {spec.dtype} of shape {list(spec.shape)}. Got {array.dtype} of shape "
                 f"{list(shape)}."
+            )
+    for name, limit in (limits or {}).items():
+        if sizes.get(name, 0) > limit:
+            raise DataError(
+                f"The dimension {name!r} must be at most {limit}, for which the memory of the file was planned. Got "
+                f"{sizes[name]}.",
+                "give smaller batches or shorter inputs, or lower the model with a longer example",
             )

@@ -22,7 +22,7 @@ class Target:
     """The runtime and the conditions under which a model will run.
 
     Args:
-        runtime: name of a runtime (`"onnxruntime"`, `"openvino"`).
+        runtime: name of a runtime (`"onnxruntime"`, `"openvino"`, `"executorch"`).
         threads: that the runtime may use for one call.
         batch: samples in one call.
         lengths: named dimension → its sizes to measure at; by default those that occur in the data (shortest, median,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.errors import UnknownNameError
-from trimpoint.runtimes import runtime_names
 from trimpoint.task import Task
 
 ROOT = Path(__file__).parents[2]
@@ -95,7 +94,7 @@ def test_a_message_for_the_user_is_a_failure_and_the_rest_a_crash(coverage: Modu
 def made_cells(coverage: ModuleType) -> list[Any]:
     cell = coverage.Cell(architecture="ResNet", method="", runtime="", status="works", detail="1 trained")
     cells = [
-        replace(cell, method=method, runtime=runtime) for method in coverage.METHODS for runtime in runtime_names()
+        replace(cell, method=method, runtime=runtime) for method in coverage.METHODS for runtime in coverage.RUNTIMES
     ]
     cells[2] = replace(cells[2], status="fails", detail="ExportError: no")
     cells[3] = replace(cells[3], status="fails", detail="ExportError: no")
@@ -138,7 +137,7 @@ def test_done_cells_are_kept_and_missing_ones_fail_with_the_reason(
     assert commands[0][1:5] == ["-m", "benchmarks.coverage", "ResNet", "--child"]
 
     tried = []
-    monkeypatch.setattr(coverage, "try_architecture", lambda _, methods: tried.extend(methods) or iter(cells[2:]))
+    monkeypatch.setattr(coverage, "try_architecture", lambda _, methods, __: tried.extend(methods) or iter(cells[2:]))
     coverage.run_child(architecture, tmp_path)
     assert tried == list(coverage.METHODS)[1:]
     assert coverage.run_in_process(architecture, tmp_path, 7) == cells
@@ -156,7 +155,7 @@ def test_the_committed_table_is_of_these_networks(coverage: ModuleType) -> None:
     cells = [coverage.Cell(**{k: v for k, v in row.items() if k != "system"}) for row in result["rows"]]
     names = [architecture.name for architecture in coverage.ARCHITECTURES]
     assert list(dict.fromkeys(cell.architecture for cell in cells)) == names
-    assert len(cells) == len(names) * len(coverage.METHODS) * len(runtime_names())
+    assert len(cells) == len(names) * len(coverage.METHODS) * len(coverage.RUNTIMES)
     assert result["counts"]["crashes"] == 0
     assert result["failing_share"] <= coverage.MOST_FAILING
     assert coverage.page(result, [replace(cell, notes=tuple(cell.notes)) for cell in cells]) == coverage.PAGE.read_text(

@@ -46,7 +46,7 @@ def test_everything_is_measured(model):
     assert from_data(Profile, to_data(profile)) == profile
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "executorch"])
 def test_an_example_is_enough(model, runtime):
     measured = measure_model(model, Task(example=torch.randn(1, 8, 8)), Target(runtime=runtime, batch=3), rounds=3)
     assert set(METRICS) <= set(measured.profile)

@@ -86,11 +86,11 @@ LAYERS = {
 def test_layers_that_overflow_are_flagged_and_seven_bits_clear_them(name, tmp_path):
     torch.manual_seed(0)
     module, inputs = LAYERS[name](), torch.rand(16, 8, 3, 3) * 0.3 + 0.7
-    (warning,) = lowered(module, inputs, tmp_path / "eight").warnings
-    assert warning.startswith(f"{len(module) - 1}: ")
-    assert " % did" in warning
-    assert "reduce_range" in warning
-    assert lowered(module, inputs, tmp_path / "seven", reduce_range=True).warnings == ()
+    (note,) = lowered(module, inputs, tmp_path / "eight").notes
+    assert note.startswith(f"{len(module) - 1}: ")
+    assert " % did" in note
+    assert "reduce_range" in note
+    assert lowered(module, inputs, tmp_path / "seven", reduce_range=True).notes == ()
 
 
 def test_what_could_overflow_but_was_not_seen_to_is_no_clean_bill(tmp_path):
@@ -99,8 +99,8 @@ def test_what_could_overflow_but_was_not_seen_to_is_no_clean_bill(tmp_path):
     inputs[:, ::2] = torch.rand(16, 4, 3, 3)
     inputs[0] = 0.0
     inputs[0, 0, 0, 0] = 8.0  # an outlier alone, that makes all others small
-    (warning,) = lowered(module, inputs, tmp_path).warnings
-    assert "none of" in warning
+    (note,) = lowered(module, inputs, tmp_path).notes
+    assert "none of" in note
 
 
 def test_small_weights_and_depthwise_convolutions_cannot_overflow(tmp_path):
@@ -110,9 +110,9 @@ def test_small_weights_and_depthwise_convolutions_cannot_overflow(tmp_path):
         small.weight.uniform_(-0.4, 0.4)
         small.weight[:, 0], small.weight[:, 1] = 1.0, 0.0
     inputs = torch.rand(16, 8, 3, 3)
-    assert lowered(nn.Sequential(nn.Flatten(), small), inputs, tmp_path / "small").warnings == ()
+    assert lowered(nn.Sequential(nn.Flatten(), small), inputs, tmp_path / "small").notes == ()
     deep = nn.Sequential(loaded(nn.Conv2d(8, 8, 2, groups=8)))
-    assert lowered(deep, inputs, tmp_path / "deep").warnings == ()
+    assert lowered(deep, inputs, tmp_path / "deep").notes == ()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -131,6 +131,6 @@ def test_no_layer_that_answers_otherwise_on_such_a_cpu_goes_without_a_warning(se
     activations = np.rint(inputs.numpy() / (inputs.max().item() / 255)).astype(np.uint8)
     exact = activations.astype(np.int64) @ codes.astype(np.int64)
     differs = (saturating_product(activations, codes) != exact).any()
-    seen = [warning for warning in made.warnings if " % did" in warning]
+    seen = [note for note in made.notes if " % did" in note]
     assert bool(differs) == bool(seen)
     assert onnx.load(tmp_path / "model.onnx").graph.node

@@ -1,7 +1,8 @@
 """The process that measures: reads a job file, runs the files it names, writes the result beside it.
 
 Started as `python -m trimpoint.measure.child JOB`; see `trimpoint.measure.process`. Only files come in, and neither
-torch nor anything else that makes models can be imported here, so that nothing but the runtime is measured.
+torch nor anything else that makes models can be imported here, so that nothing but the runtime is measured. A runtime
+that cannot do without one of them says so (`Runtime.imports`).
 """
 
 import gc
@@ -44,8 +45,8 @@ class Forbid(importlib.abc.MetaPathFinder):
 
 def main(path: str) -> int:
     """Run the job in the file `path`; return the exit code."""
-    sys.meta_path.insert(0, Forbid())
     job = json.loads(Path(path).read_text(encoding="utf-8"))
+    sys.meta_path.insert(0, Forbid(_forbidden(job)))
     directory = Path(path).parent
     try:
         result, arrays = _JOBS[job["kind"]](job, directory)
@@ -54,6 +55,12 @@ def main(path: str) -> int:
     np.savez(directory / "arrays.npz", **arrays)
     (directory / "result.json").write_text(json.dumps(result), encoding="utf-8")
     return 0
+
+
+def _forbidden(job: Mapping[str, Any]) -> list[str]:
+    runtimes = {get_runtime(entry["lowered"]["runtime"]) for entry in job["artifacts"].values()}
+    needed = {name for runtime in runtimes for name in runtime.imports}
+    return [name for name in FORBIDDEN if name not in needed]
 
 
 def _open(artifact: Mapping[str, Any], threads: int) -> Session:
@@ -76,7 +83,7 @@ def run_outputs(job: Mapping[str, Any], directory: Path) -> tuple[dict[str, Any]
     for name, inputs in _inputs(job, directory).items():
         outputs = session.run_flat(session.flat_inputs(inputs))
         arrays |= {f"{name}_{index}": np.asarray(output) for index, output in enumerate(outputs)}
-    return {"modules": sorted(name for name in FORBIDDEN if name in sys.modules)}, arrays
+    return {"modules": sorted(name for name in _forbidden(job) if name in sys.modules)}, arrays
 
 
 def run_memory(job: Mapping[str, Any], directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,7 +9,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("trimpoint", "numpy", "onnxruntime", "openvino", "nncf", "torch")
+PACKAGES = ("trimpoint", "numpy", "onnxruntime", "openvino", "nncf", "executorch", "torchao", "torch")
 RELEVANT = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 _ARM = {"asimd": "neon", "asimddp": "neon_dot", "i8mm": "neon_i8mm", "sve": "sve", "bf16": "neon_bf16"}
 _NUMPY = {"AVX2": "avx2", "AVX512F": "avx512f", "AVX512_ICL": "avx512_vnni", "ASIMD": "neon", "ASIMDDP": "neon_dot"}

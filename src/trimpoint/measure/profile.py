@@ -81,7 +81,7 @@ def measure_model(
     static, macs = static_profile(task.core_of(model), inputs)
     with tempfile.TemporaryDirectory(prefix="trimpoint-") as name:
         on_step("exporting")
-        exported = export(task.core_of(model), inputs.example, inputs.dims)
+        exported = export(task.core_of(model), inputs.example, inputs.dims, sources=(runtime.source,))
         files = ArtifactFiles(directory=Path(name), lowered=runtime.lower(exported, Path(name)))
         on_step("timing")
         timed = measure_latency({"model": files}, target, inputs.shapes, baseline="model", rounds=rounds)["model"]
@@ -95,7 +95,7 @@ def measure_model(
         on_step("scoring")
         session = runtime.open(files.directory, files.lowered, threads=target.threads)
         scored, qualities = quality_profile(session, task, limit=limit, where=where)
-    notes = Profile(notes=(*exported.notes, *files.lowered.unmapped, *files.lowered.warnings))
+    notes = Profile(notes=(*exported.notes, *files.lowered.unmapped))
     return MeasuredModel(
         profile=static | measured | coded | scored | notes, operators=tuple(operators), macs=macs, qualities=qualities
     )
@@ -139,7 +139,7 @@ def artifact_profile(
     if memory:
         metrics["peak_rss_bytes"] = Measurement(value=memory.peak_rss_bytes, unit="bytes", how=memory.how, where=where)
     notes = [f"latency_ms is for {middle}"] if middle else []
-    notes += [note for result in latency.values() for note in result.notes]
+    notes += [note for result in latency.values() for note in result.notes] + list(files.lowered.notes)
     return Profile(metrics, missing={"energy_j": NO_ENERGY}, notes=tuple(dict.fromkeys(notes)))
 
 

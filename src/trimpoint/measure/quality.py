@@ -26,7 +26,7 @@ from trimpoint.measure.intervals import (
 from trimpoint.measure.static import evaluating
 from trimpoint.runtimes.base import Session
 from trimpoint.score import Records, Score
-from trimpoint.signature import flatten
+from trimpoint.signature import BATCH, flatten
 from trimpoint.task import Role, Task
 from trimpoint.values import Measurement, Quality
 
@@ -220,7 +220,7 @@ def _batches(run: Run, task: Task, role: Role, limit: int | None) -> Iterator[tu
     data = task.data(role)
     total = len(data) if limit is None else min(limit, len(data))
     fixed = None if task.predict is not None else _fixed_batch(run)
-    size = fixed or task.batch_size
+    size = fixed or _open_batch(run, task.batch_size)
     for start in range(0, total, size):
         chosen = list(range(start, min(start + size, total)))
         filled = chosen + chosen[-1:] * (size - len(chosen)) if fixed else chosen
@@ -232,6 +232,11 @@ def _fixed_batch(run: Run) -> int | None:
         return None
     first = run.signature.inputs[0].shape[0]
     return first if isinstance(first, int) else None
+
+
+def _open_batch(run: Run, wanted: int) -> int:
+    """Return the wanted size of a batch, or the largest that memory was planned for."""
+    return wanted if isinstance(run, nn.Module) else min(wanted, run.signature.limits.get(BATCH, wanted))
 
 
 def _outputs(predict: Callable[[Any], Any], inputs: Any) -> Any:

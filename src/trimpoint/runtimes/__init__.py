@@ -8,7 +8,7 @@ from trimpoint.errors import UnknownNameError, suggest
 if TYPE_CHECKING:
     from trimpoint.runtimes.base import Runtime
 
-_CLASSES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino"}
+_CLASSES = {"onnxruntime": "OnnxRuntime", "openvino": "OpenVino", "executorch": "Executorch"}
 
 
 def runtime_names() -> tuple[str, ...]:
@@ -16,7 +16,7 @@ def runtime_names() -> tuple[str, ...]:
 
     Example:
         >>> runtime_names()
-        ('onnxruntime', 'openvino')
+        ('onnxruntime', 'openvino', 'executorch')
     """
     return tuple(_CLASSES)
 

@@ -4,12 +4,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trimpoint.errors import DataError
 from trimpoint.quantization.grid import Grid
 from trimpoint.signature import Signature, check_inputs, flatten, unflatten
 from trimpoint.values import Format
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+Source = Literal["onnx", "program"]
+"""What a runtime lowers: a serialised ONNX model, or the `ExportedProgram` that this is made of."""
 
 Formats = Mapping[str, Mapping[str, Format]]
 """Module path → tensor (`"weight"`, `"input"`, `"output"`) → number format."""
@@ -24,20 +30,22 @@ def is_dynamic(tensors: Mapping[str, Format]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A module exported once, as every runtime takes it.
+    """A module traced once, in the forms that were asked for.
 
     Args:
-        onnx: the serialised ONNX model, without debris (stack traces, source paths).
         signature: its inputs and outputs.
+        onnx: the serialised ONNX model, without debris (stack traces, source paths); empty where it was not asked for.
         scopes: ONNX node name → path of the module that it came from.
+        program: the trace itself, with the parameters under `module.`; never changed by a runtime.
         notes: what is not as it was asked for, such as a dimension that had to stay fixed, each with its reason.
         grids: path of a module → the integers that its weight consists of, where a method chose them.
         ranges: path of a module → the range of its input, where training learned it.
     """
 
-    onnx: bytes
     signature: Signature
+    onnx: bytes = b""
     scopes: Mapping[str, str] = field(default_factory=dict)
+    program: "ExportedProgram | None" = None
     notes: tuple[str, ...] = ()
     grids: Mapping[str, Grid] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -52,16 +60,16 @@ class Lowered:
         files: graph name → file names, all in one directory; what the runtime loads and nothing else.
         signature: inputs and outputs.
         unmapped: `path: reason` for formats that could not be realised.
-        warnings: what may be otherwise on other machines, with what to do about it.
         scopes: name of a node in the runtime's files → path of the module that it came from.
+        notes: what else is to be known: a dimension that the runtime cannot leave open, what another machine may do.
     """
 
     runtime: str
     files: Mapping[str, tuple[str, ...]]
     signature: Signature
     unmapped: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
     scopes: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +116,7 @@ def flat_inputs(signature: Signature, inputs: Any) -> list[Any]:
     names = [spec.name for spec in signature.inputs]
     by_name = isinstance(inputs, Mapping) and set(names) <= set(inputs)
     leaves = [inputs[name] for name in names] if by_name else flatten(inputs)
-    check_inputs(signature.inputs, leaves)
+    check_inputs(signature.inputs, leaves, signature.limits)
     return leaves
 
 
@@ -140,10 +148,16 @@ class Session(ABC):
 
 
 class Runtime(ABC):
-    """One inference runtime: how it realises, opens and profiles a model."""
+    """One inference runtime: how it realises, opens and profiles a model.
+
+    A class says what it is called, how it is installed, which form of an export it lowers (`source`), and which
+    packages its sessions import besides NumPy and its own (`imports`): those a measuring process must allow.
+    """
 
     name: ClassVar[str]
     install: ClassVar[str]
+    source: ClassVar[Source] = "onnx"
+    imports: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def version(self) -> str:

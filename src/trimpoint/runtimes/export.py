@@ -1,8 +1,8 @@
-"""Export a PyTorch module once, as every runtime takes it: a clean ONNX graph with named dynamic dimensions."""
+"""Export a PyTorch module once, as the runtimes take it: a trace with named dynamic dimensions, a clean ONNX graph."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from trimpoint.errors import ExportError, ModelError
 from trimpoint.graph import bake_, grids_of, input_ranges
 from trimpoint.losses import explained
 from trimpoint.quiet import quiet
-from trimpoint.runtimes import export_errors, onnx_graph
-from trimpoint.runtimes.base import Exported
+from trimpoint.runtimes import export_errors
+from trimpoint.runtimes.base import Exported, Source
 from trimpoint.runtimes.export_recurrent import AnyLength, translations
 from trimpoint.signature import BATCH, Signature, TensorSpec, flatten, leaf_names, structure_of, unflatten
 from trimpoint.task import call
@@ -53,8 +53,9 @@ def export(
     dynamic_dims: Mapping[str, Mapping[int, str]],
     *,
     custom_translations: Mapping[Any, Callable[..., Any]] | None = None,
+    sources: Sequence[Source] = ("onnx",),
 ) -> Exported:
-    """Export `module` in evaluation mode by `torch.export` and the ONNX exporter built on it.
+    """Export `module` in evaluation mode by `torch.export` and, where it is asked for, to ONNX from there.
 
     A dimension that the model cannot leave open is fixed at its size in `inputs`, with the reason in
     `Exported.notes`; the batch is then fixed at 1.
@@ -64,6 +65,7 @@ def export(
         inputs: a batch of example inputs (tensor, tuple or mapping), any batch size.
         dynamic_dims: input name (see `signature.leaf_names`) → dimension → its name; `Task.dynamic_dims` gives them.
         custom_translations: `torch.ops.namespace.operator` → onnxscript function that stands for it.
+        sources: the forms to make, as the runtimes declare them (`Runtime.source`).
 
     Raises:
         ModelError: if a parameter is not finite or the module does not run on `inputs`.
@@ -86,26 +88,30 @@ def export(
         f"{names[leaf]}: dimension {dim} ({wanted[leaf].pop(dim)}) is fixed at {example[leaf].shape[dim]}: {reason}"
         for leaf, dim in fixed
     ]
-    output_names = _unique(leaf_names(outputs, "output"), names)
-    model = _convert(program, names, output_names, custom_translations or {})
+    signature = _signature(program, example, wanted, names, outputs)
+    signature = replace(signature, input_structure=structure_of(inputs), output_structure=structure_of(outputs))
+    exported = Exported(
+        signature=signature, notes=(*notes, *dropped), grids=grids_of(module), ranges=input_ranges(module)
+    )
+    if "program" in sources:
+        exported = replace(exported, program=program)
+    return _with_onnx(exported, program, wrapper, custom_translations or {}) if "onnx" in sources else exported
+
+
+def _with_onnx(
+    exported: Exported, program: ExportedProgram, wrapper: _Flat, custom: Mapping[Any, Callable[..., Any]]
+) -> Exported:
+    from trimpoint.runtimes import onnx_graph
+
+    signature = exported.signature
+    model = _convert(program, signature, custom)
     scopes = onnx_graph.module_scopes(model, *_owners(wrapper.module), _PREFIX)
-    _name_dims(model, names, example, wanted)
+    for values, specs in ((model.graph.input, signature.inputs), (model.graph.output, signature.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            onnx_graph.set_shape(value, spec.shape)
     onnx_graph.use_pooling(model)
     scopes = onnx_graph.compact(model, scopes)
-    signature = Signature(
-        inputs=_specs(model.graph.input),
-        outputs=_specs(model.graph.output),
-        input_structure=structure_of(inputs),
-        output_structure=structure_of(outputs),
-    )
-    return Exported(
-        onnx=onnx_graph.serialize(model),
-        signature=signature,
-        scopes=scopes,
-        notes=(*notes, *dropped),
-        grids=grids_of(module),
-        ranges=input_ranges(module),
-    )
+    return replace(exported, onnx=onnx_graph.serialize(model), scopes=scopes)
 
 
 def _owners(module: nn.Module) -> tuple[dict[str, str], set[str]]:
@@ -232,12 +238,7 @@ def _fixed(program: ExportedProgram, wanted: Sequence[Mapping[int, str]]) -> lis
     ]
 
 
-def _convert(
-    program: ExportedProgram,
-    names: Sequence[str],
-    output_names: Sequence[str],
-    custom: Mapping[Any, Callable[..., Any]],
-) -> Any:
+def _convert(program: ExportedProgram, signature: Signature, custom: Mapping[Any, Callable[..., Any]]) -> Any:
     # The result is an onnx.ModelProto.
     table: dict[Callable[..., Any], Callable[..., Any]] = translations()
     for operator, translation in custom.items():
@@ -250,8 +251,8 @@ def _convert(
             result = torch.onnx.export(
                 program,
                 dynamo=True,
-                input_names=list(names),
-                output_names=list(output_names),
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[spec.name for spec in signature.outputs],
                 opset_version=_OPSET,
                 custom_translation_table=table,
                 verbose=False,
@@ -273,32 +274,33 @@ def _unique(names: Sequence[str], taken: Sequence[str]) -> list[str]:
     return result
 
 
-def _name_dims(
-    model: Any, names: Sequence[str], example: Sequence[Tensor], wanted: Sequence[Mapping[int, str]]
-) -> None:
-    """Give the open dimensions of inputs and outputs their wanted names; derived ones keep their formula."""
+def _signature(
+    program: ExportedProgram,
+    example: Sequence[Tensor],
+    wanted: Sequence[Mapping[int, str]],
+    names: Sequence[str],
+    outputs: Any,
+) -> Signature:
+    """Return inputs and outputs of a trace; open dimensions have their wanted names, derived ones their formula."""
+    nodes = {node.name: node for node in program.graph.nodes}
     symbols: dict[str, str] = {}
-    by_name = {value.name: value for value in model.graph.input}
-    for name, leaf, entry in zip(names, example, wanted, strict=True):
-        for index, dim in enumerate(by_name[name].type.tensor_type.shape.dim):
-            if dim.dim_param and index in entry:
-                symbols.setdefault(dim.dim_param, entry[index])
-                dim.dim_param = entry[index]
-            else:
-                dim.dim_value = leaf.shape[index]
-    for value in model.graph.output:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:
-                dim.dim_param = export_errors.substitute(dim.dim_param, symbols)
+    inputs = []
+    for name, given, leaf, entry in zip(names, program.graph_signature.user_inputs, example, wanted, strict=True):
+        value = nodes[str(given)].meta["val"]
+        for dim, label in entry.items():
+            symbols.setdefault(str(value.shape[dim]), label)
+        shape = tuple(entry.get(dim, int(size)) for dim, size in enumerate(leaf.shape))
+        inputs.append(TensorSpec(name=name, dtype=_dtype_name(leaf), shape=shape))
+    found = []
+    for name, made in zip(
+        _unique(leaf_names(outputs, "output"), names), program.graph_signature.user_outputs, strict=True
+    ):
+        value = nodes[str(made)].meta["val"]
+        sizes = [export_errors.substitute(str(size), symbols) for size in value.shape]
+        shape = tuple(int(size) if size.isdecimal() else size for size in sizes)
+        found.append(TensorSpec(name=name, dtype=_dtype_name(value), shape=shape))
+    return Signature(inputs=tuple(inputs), outputs=tuple(found))
 
 
-def _specs(values: Any) -> tuple[TensorSpec, ...]:
-    import onnx
-
-    specs = []
-    for value in values:
-        tensor = value.type.tensor_type
-        shape = tuple(dim.dim_param or int(dim.dim_value) for dim in tensor.shape.dim)
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        specs.append(TensorSpec(name=value.name, dtype=str(dtype), shape=shape))
-    return tuple(specs)
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

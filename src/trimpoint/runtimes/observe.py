@@ -3,24 +3,22 @@
 This module needs `onnx` (the full installation); what opens an artifact does not import it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnxruntime
 from onnx import ModelProto, TensorProto, helper
 
 from trimpoint.errors import DataError, LoweringError
-from trimpoint.padding import kept_positions, padding_mask
 from trimpoint.quantization.histogram import Histogram
 from trimpoint.quantization.ranges import Range, range_of
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import onnx_graph
+from trimpoint.runtimes.calibration import Feed, batch_axes, samples, unpadded
 from trimpoint.values import Format
 
 MEMORY = 64 * 2**20
 """Bytes of activations that are held at once, at most, unless one sample has more."""
-
-Feed = dict[str, np.ndarray]
 
 
 def float_tensors(model: ModelProto) -> set[str]:
@@ -108,12 +106,11 @@ def _pieces(model: ModelProto, session: onnxruntime.InferenceSession, feeds: Ite
     """Yield the batches in pieces without padding, as many samples in each as `MEMORY` allows."""
     dims = {value.name: [d.dim_param for d in value.type.tensor_type.shape.dim] for value in model.graph.input}
     taken = {entry.name for entry in session.get_inputs()}
-    batch = next((names[0] for names in dims.values() if names and names[0]), None)
-    axes = {name: names.index(batch) for name, names in dims.items() if batch in names}
+    axes = batch_axes(dims)
     sizes: dict[tuple[tuple[int, ...], ...], int] = {}
 
     def at_once(feed: Feed) -> int:
-        one = _samples(feed, axes, [0])
+        one = samples(feed, axes, [0])
         shape = tuple(array.shape for array in one.values())
         if shape not in sizes:
             sizes[shape] = _samples_at_once(session, one)
@@ -126,7 +123,7 @@ def _pieces(model: ModelProto, session: onnxruntime.InferenceSession, feeds: Ite
             continue
         if 0 in (array.shape[axes[name]] for name, array in read.items() if name in axes):
             continue
-        for piece, padded in _unpadded(read, dims, axes):
+        for piece, padded in unpadded(read, dims, axes):
             try:
                 step, same = at_once(piece), piece
             except LoweringError:
@@ -136,31 +133,7 @@ def _pieces(model: ModelProto, session: onnxruntime.InferenceSession, feeds: Ite
             first = next(iter(axes))
             count = same[first].shape[axes[first]]
             for start in range(0, count, step):
-                yield _samples(same, axes, range(start, min(start + step, count)))
-
-
-def _unpadded(feed: Feed, dims: Mapping[str, list[str]], axes: Mapping[str, int]) -> Iterator[tuple[Feed, Feed]]:
-    """Yield the samples of a batch, those of one length together: without the positions of padding, and with them."""
-    name = padding_mask(feed)
-    if name is None or axes.get(name) != 0 or not dims[name][1]:
-        yield feed, feed
-        return
-    kept, length = kept_positions(feed), dims[name][1]
-    for pattern in np.unique(kept, axis=0):
-        if not pattern.any():
-            continue
-        padded = _samples(feed, axes, np.flatnonzero((kept == pattern).all(axis=1)))
-        piece = dict(padded)
-        for key, names in dims.items():
-            for axis, dim in enumerate(names):
-                if dim == length and key in piece:
-                    piece[key] = np.compress(pattern, piece[key], axis=axis)
-        yield piece, padded
-
-
-def _samples(feed: Feed, axes: Mapping[str, int], which: Sequence[int] | np.ndarray) -> Feed:
-    """Return some samples of a batch; an input that does not grow with it is in all of them."""
-    return {key: np.take(array, which, axis=axes[key]) if key in axes else array for key, array in feed.items()}
+                yield samples(same, axes, range(start, min(start + step, count)))
 
 
 def _run(session: onnxruntime.InferenceSession, outputs: list[str], feed: Feed) -> list[np.ndarray]:

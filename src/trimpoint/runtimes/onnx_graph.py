@@ -5,11 +5,11 @@ This module needs `onnx` (the full installation); what opens an artifact does no
 
 import ast
 import hashlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import count
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
 _DIGITS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -41,6 +41,15 @@ def module_scopes(model: ModelProto, owners: Mapping[str, str], folded: Set[str]
         elif inside:
             scopes[node.name] = recorded_path
     return scopes
+
+
+def set_shape(value: ValueInfoProto, shape: Sequence[int | str]) -> None:
+    """Give an input or output, in place, the sizes and the names of its dimensions."""
+    for dim, size in zip(value.type.tensor_type.shape.dim, shape, strict=True):
+        if isinstance(size, str):
+            dim.dim_param = size
+        else:
+            dim.dim_value = size
 
 
 def strip(model: ModelProto) -> None:

@@ -78,9 +78,9 @@ class OnnxRuntime(Runtime):
 
         model = onnx_graph.parse(exported.onnx)
         unmapped: tuple[str, ...] = ()
-        warnings: tuple[str, ...] = ()
+        notes: tuple[str, ...] = ()
         if formats:
-            model, unmapped, warnings = _quantized(model, exported, formats, calibration)
+            model, unmapped, notes = _quantized(model, exported, formats, calibration)
         scopes = onnx_graph.compact(model, _scopes_of(model, exported.scopes))
         _write(directory / FILE, onnx_graph.serialize(model))
         return Lowered(
@@ -88,7 +88,7 @@ class OnnxRuntime(Runtime):
             files={"main": (FILE,)},
             signature=exported.signature,
             unmapped=unmapped,
-            warnings=warnings,
+            notes=notes,
             scopes=scopes,
         )
 
@@ -212,7 +212,7 @@ def _quantized(
         return (onnx_dynamic.quantize(prepared, dynamic) if dynamic.weights else model), unmapped, ()
     separate = onnx_quantize.quantize(prepared, static, calibration_feeds(exported.signature, calibration))
     found = saturation.saturations(separate, calibration_feeds(exported.signature, calibration))
-    warnings = tuple(saturation.warning(each, module_of(each.node, exported.scopes)) for each in found)
+    notes = tuple(saturation.note(each, module_of(each.node, exported.scopes)) for each in found)
     separate = onnx_dynamic.quantize(separate, dynamic)
     onnx_graph.strip(separate)
     fused = onnx_quantize.fuse(separate)
@@ -220,7 +220,7 @@ def _quantized(
     one, other = onnx_graph.serialize(separate), onnx_graph.serialize(fused)
     feeds = next(calibration_feeds(exported.signature, calibration))
     smaller = len(other) < len(one) and onnx_quantize.same_answers(one, other, feeds)
-    return (fused if smaller else separate), unmapped, warnings
+    return (fused if smaller else separate), unmapped, notes
 
 
 def _scopes_of(model: Any, scopes: Mapping[str, str]) -> dict[str, str]:

@@ -92,7 +92,7 @@ def saturations(model: ModelProto, feeds: Iterable[Mapping[str, np.ndarray]]) ->
     ]
 
 
-def warning(found: Saturation, path: str) -> str:
+def note(found: Saturation, path: str) -> str:
     """Say what a layer does on a CPU without VNNI, and how to rule it out."""
     seen = f"{100 * found.seen:.2g} % did" if found.seen else f"none of {found.sums:,} did"
     return (

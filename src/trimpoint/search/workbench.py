@@ -86,6 +86,7 @@ class Workbench:
         self._unmodified = Build(module=model, given=model, task=task)
         self.overhead_seconds = 8.0
         self._calibration: list[Any] | None = None
+        self._traced: tuple[str, Exported] | None = None
         self._baseline: tuple[ArtifactFiles, Evaluation | None] | None = None
         self._fastest_ms = math.inf
         self._teachers: MutableMapping[str, Tensor] = {}
@@ -236,9 +237,17 @@ class Workbench:
         return self._calibration
 
     def _exported(self, made: Compressed) -> Exported:
-        """Return the export, shared by plans that differ in number formats only: the module is the same then."""
+        """Return the export, shared by plans that differ in number formats only: the module is the same then.
+
+        ONNX graphs are kept in the store. A traced program is not, only the last one is, in memory: it takes less time
+        to make than it takes to lower, and to read one from a file is to run what the file says.
+        """
         core = self.task.core_of(made.module)
         key = self._key("export", model_digest(core), json.dumps(edits_to_data(made.edits)))
+        if self.runtime.source == "program":
+            if self._traced is None or self._traced[0] != key:
+                self._traced = key, export(core, self.inputs.example, self.inputs.dims, sources=("program",))
+            return self._traced[1]
 
         def write(directory: Path) -> None:
             exported = export(self.task.core_of(made.module), self.inputs.example, self.inputs.dims)

@@ -282,3 +282,22 @@ def test_corrected_biases_take_the_mean_error_back():
         assert shifted == ({"norm", "grouped"} if corrected else set())
     assert min(errors[False]) > 0.02
     assert max(errors[True]) < 1e-4
+
+
+def test_layers_that_hurt_most_are_kept_in_float_with_the_reason():
+    """A layer whose input has outliers costs most; its neighbour, whose channels all count the same, does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    with torch.no_grad():
+        model[0].weight[3] *= 300.0
+        model[2].weight[:, 3] /= 300.0
+    task = Task(calibrate=TensorDataset(torch.randn(64, 8), torch.zeros(64)), batch_size=16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    compressed = compress(model, Plan().then(QuantizeStatic(keep_float=1)), task)
+    assert sorted(compressed.formats) == ["0", "4"]
+    (skipped,) = (change for change in compressed.changes if change.kind == "skipped")
+    assert skipped.origin == "2"
+    assert "kept in float32" in skipped.reason
+    assert all(torch.equal(tensor, before[name]) for name, tensor in compressed.module.state_dict().items())
+    everything = compress(model, Plan().then(QuantizeStatic(keep_float=9)), task)
+    assert everything.formats == {}

@@ -1,15 +1,19 @@
 """Weights of 8 bits or fewer and 8-bit activations, with scales fixed beforehand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
 from trimpoint.errors import InvalidParameterError
-from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
+from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
 from trimpoint.quantization.activations import learn_ranges
+from trimpoint.quantization.sensitivity import layer_costs
 from trimpoint.quantization.weights import round_weights, why_no_grid
 from trimpoint.values import Format
 
 _BITS = Bounds(ge=2, le=8)
+_SAMPLES = 256
+"""Of the calibration data, by which layers are measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,11 @@ class QuantizeStatic(Method):
         False,
         doc="round inputs in the module too, and let later training learn their ranges and the scales of weights (LSQ)",
     )
+    keep_float: int = param(
+        0,
+        doc="layers that stay in float32: those of which rounding weights and input alone moves the answers most",
+        bounds=Bounds(ge=0),
+    )
     observer: str = param(
         "minmax",
         doc="range of an activation: all values, without the outermost, least divergence, or least squared error",
@@ -111,6 +120,16 @@ class QuantizeStatic(Method):
     def apply(self, ctx: Context) -> None:
         """Assign formats to weight and input of every module in scope, and choose integers where that is asked for."""
         sites = list(ctx.modules())
+        symmetric = self.symmetric_activations
+        activations = Format(
+            dtype="int8" if symmetric else "uint8",
+            granularity="tensor",
+            symmetric=symmetric,
+            observer=cast(Literal["minmax", "percentile", "entropy", "mse"], self.observer),
+            percentile=self.percentile,
+        )
+        if self.keep_float:
+            sites = self._without_the_worst(ctx, sites, activations)
         if self._chosen:
             refused = {
                 site.path: "it shares a weight with another module" if site.tied else why_no_grid(site.module)
@@ -134,16 +153,20 @@ class QuantizeStatic(Method):
             symmetric=True,
             reduce_range=self.reduce_range,
         )
-        symmetric = self.symmetric_activations
-        activations = Format(
-            dtype="int8" if symmetric else "uint8",
-            granularity="tensor",
-            symmetric=symmetric,
-            observer=cast(Literal["minmax", "percentile", "entropy", "mse"], self.observer),
-            percentile=self.percentile,
-        )
         for site in sites:
             ctx.assign(site.path, "weight", weight)
             ctx.assign(site.path, "input", activations)
         if self.learned_steps:
             learn_ranges(ctx, [site.path for site in sites], activations)
+
+    def _without_the_worst(self, ctx: Context, sites: Sequence[Site], activations: Format) -> list[Site]:
+        """Return the sites that are quantised; the others are told why they are not."""
+        paths = [site.path for site in sites if not site.tied and not why_no_grid(site.module)]
+        bits = 7 if self.bits == 8 and self.reduce_range else self.bits
+        costs = layer_costs(ctx, paths, bits, activations, _SAMPLES)
+        kept = sorted(costs, key=lambda path: -costs[path])[: self.keep_float]
+        for path in kept:
+            ctx.skip(
+                path, f"kept in float32: rounding it alone moves the answers by {costs[path]:.2g} of their variance"
+            )
+        return [site for site in sites if site.path not in kept]

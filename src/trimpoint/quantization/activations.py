@@ -9,19 +9,20 @@ from trimpoint.errors import DataError
 from trimpoint.method import Context
 from trimpoint.padding import calibrate_kept, rows_of
 from trimpoint.quantization.histogram import Histogram
-from trimpoint.quantization.ranges import range_of
+from trimpoint.quantization.ranges import Range, range_of
 from trimpoint.values import Format
 
+Shared = dict[tuple[str, ...], Range]
+"""Paths of the layers that read one and the same tensor → its range."""
 
-def learn_ranges(ctx: Context, paths: Sequence[str], kind: Format) -> None:
-    """Round what layers read as their runtime will, from ranges of the calibration data on, which training learns.
 
-    Layers that read the same tensor share a range, as they will in the file.
+def input_ranges_of(ctx: Context, paths: Sequence[str], kind: Format) -> Shared:
+    """Return the ranges of what layers read of the calibration data; layers that read the same tensor share one.
 
     Args:
         ctx: of the step.
         paths: of the layers.
-        kind: whose rule gives the first range.
+        kind: whose rule gives the range.
 
     Raises:
         DataError: if the task has no calibration data, or a layer reads what is not finite.
@@ -46,6 +47,13 @@ def learn_ranges(ctx: Context, paths: Sequence[str], kind: Format) -> None:
     together: dict[tuple[int, int], list[str]] = {}
     for path, (tensor, version) in first.items():
         together.setdefault((id(tensor), version), []).append(path)
-    for alike in together.values():
-        low, high = range_of(seen[alike[0]], kind)
+    return {tuple(alike): range_of(seen[alike[0]], kind) for alike in together.values()}
+
+
+def learn_ranges(ctx: Context, paths: Sequence[str], kind: Format) -> None:
+    """Round what layers read as their runtime will, from ranges of the calibration data on, which training learns.
+
+    Args and errors are those of `input_ranges_of`.
+    """
+    for alike, (low, high) in input_ranges_of(ctx, paths, kind).items():
         ctx.round_input(alike, low, high)

@@ -1,7 +1,8 @@
 """What it costs a model's answers when one layer is changed: forward passes on calibration data, no labels."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -9,8 +10,12 @@ from torch import Tensor, nn
 
 from trimpoint.errors import DataError
 from trimpoint.graph.held import parameter_behind
+from trimpoint.graph.input_grids import InputGrid, put_input_on_grid_, take_off_grids_
 from trimpoint.losses import call, main_tensor
 from trimpoint.method import Context
+from trimpoint.quantization.activations import input_ranges_of
+from trimpoint.quantization.weights import choices
+from trimpoint.values import Format
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -57,6 +62,39 @@ def divergence(
 
 def _answer(model: nn.Module, inputs: Any) -> Tensor:
     return main_tensor(call(model, inputs)).double()
+
+
+@torch.no_grad()
+def layer_costs(ctx: Context, paths: Sequence[str], bits: int, kind: Format, samples: int) -> dict[str, float]:
+    """Return what it costs the answers to round weights and input of a layer, one layer at a time, see `divergence`.
+
+    Args:
+        ctx: of the step.
+        paths: of linear layers and convolutions.
+        bits: of a weight, rounded to nearest, a scale by the largest of each output channel.
+        kind: of the input.
+        samples: of the calibration data, at most.
+
+    Raises:
+        DataError: if the task has no calibration data, or a layer reads what is not finite.
+    """
+    ranges = {path: range_ for alike, range_ in input_ranges_of(ctx, paths, kind).items() for path in alike}
+    ways = {
+        path: partial(_rounded, ctx.get(path), each[bits].values, ranges.get(path))
+        for path, _, each in choices(ctx, paths, [bits], "nearest", "largest")
+    }
+    return divergence(ctx, ways, samples, "measuring what int8 costs:")
+
+
+@contextmanager
+def _rounded(module: nn.Module, values: Tensor, ends: tuple[float, float] | None) -> Iterator[None]:
+    with weight_as(module, values):
+        if ends is not None:
+            put_input_on_grid_([module], InputGrid(*ends))
+        try:
+            yield
+        finally:
+            take_off_grids_(module)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from trimpoint.build import Build, describe, observed, own_shapes, type_names
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
-from trimpoint.graph import GridEdit, MaskEdit, OnGrid, bypass_, mask_, masks_of, put_on_grid_, remove_units_, replace_
-from trimpoint.graph.grids import grid_to_data
+from trimpoint.graph import GridEdit, MaskEdit, bypass_, mask_, masks_of, put_on_grid_, remove_units_, replace_
+from trimpoint.graph.grids import OnGrid, OnGroups, grid_to_data
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
 from trimpoint.method import ALL_FACTS, Context, Site
 from trimpoint.parts import Block, Group, MaskSchedule
@@ -192,15 +192,15 @@ class _Context(Context):
         self._change("masked", path, before, f"{100 * held.removed / count:.4g} % of {count:,} weights zero", reason)
 
     def put_on_grid(
-        self, path: str, scale: Tensor, bits: int, *, axis: int = 0, values: Tensor | None = None, reason: str = ""
+        self, path: str, grid: OnGrid | OnGroups, *, values: Tensor | None = None, reason: str = ""
     ) -> None:
         """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file."""
-        module, grid = self.get(path), OnGrid(scale.detach().float().clone(), bits, axis)
+        module = self.get(path)
         before = describe(module)
         put_on_grid_(module, "weight", grid, values)
         self._inherit(module)
         self._build.edited([GridEdit(path, "weight", grid_to_data(grid))])
-        self._change("assigned", path, before, f"weight on {2 * grid.top + 1} levels", reason)
+        self._change("assigned", path, before, f"weight on {grid.levels} levels", reason)
 
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor, under every path that the module has."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.errors import DataError
-from trimpoint.graph import kept_by, why_not_held
+from trimpoint.graph import OnGrid, kept_by, why_not_held
 from trimpoint.method import Context
 from trimpoint.quantization.rounding import adaround, best_scale, error_of, gptq, nearest, widest_scale
 from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, groups_of, own_forward
@@ -57,7 +57,7 @@ def round_weights(ctx: Context, paths: Sequence[str], bits: int, rounding: str, 
             )
         values, sizes = _by_inputs(left.pop(path), seen, top, rounding, scale)
         reason = f"scale by {scale}, {rounding}, on {seen.positions:,} positions"
-        ctx.put_on_grid(path, sizes, bits, values=values, reason=reason)
+        ctx.put_on_grid(path, OnGrid(sizes.float(), bits), values=values, reason=reason)
     for path, module in left.items():
         weight = cast(Tensor, module.weight).detach()
         axis = 1 if isinstance(module, _TRANSPOSED) else 0
@@ -65,7 +65,7 @@ def round_weights(ctx: Context, paths: Sequence[str], bits: int, rounding: str, 
         sizes = (widest_scale if scale == "largest" else best_scale)(rows.flatten(1), top)
         values = nearest(rows.flatten(1), sizes, top).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
         reason = f"scale by {'largest' if scale == 'largest' else 'weight-error'}, nearest"
-        ctx.put_on_grid(path, sizes, bits, axis=axis, values=values, reason=reason)
+        ctx.put_on_grid(path, OnGrid(sizes.float(), bits, axis), values=values, reason=reason)
 
 
 def _by_inputs(module: nn.Module, seen: InputStatistics, top: int, rounding: str, scale: str) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trimpoint.errors import DataError
-from trimpoint.quantization.grid import Grid
+from trimpoint.quantization.grid import Grid, GroupGrid
 from trimpoint.signature import Signature, check_inputs, flatten, unflatten
 from trimpoint.values import Format
 
@@ -31,7 +31,7 @@ class Exported:
     signature: Signature
     scopes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    grids: Mapping[str, Grid] = field(default_factory=dict)
+    grids: Mapping[str, Grid | GroupGrid] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -134,8 +134,8 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection
     for path, node in taken:
         if node.op_type != "Gather":
             _overrides(result, path, node, chosen[path])
-            if path in exported.grids:
-                _fix(result, path, node, exported.grids[path], stored[node.input[1]])
+            if isinstance(grid := exported.grids.get(path), Grid):
+                _fix(result, path, node, grid, stored[node.input[1]])
     result.nodes += _glue(model, set(result.nodes), weights)
     return result
 

@@ -49,7 +49,8 @@ class OnnxRuntime(Runtime):
     ONNX Runtime's own static quantiser (quantise/dequantise form) on the nodes of the modules that have formats and
     on what lies between them; the quantised operators are then fused, as on opening, where that gives bitwise equal
     answers in a smaller file. Activations are stored as uint8 whatever their format's type, since on x86-64 only
-    uint8 activations have fused kernels; int8 around zero is uint8 around 128.
+    uint8 activations have fused kernels; int8 around zero is uint8 around 128. Matrices on grids in groups become
+    `MatMulNBits`.
 
     References:
         https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
@@ -192,12 +193,16 @@ def _import() -> Any:
 def _quantized(
     model: Any, exported: Exported, formats: Formats, calibration: Sequence[Any]
 ) -> tuple[Any, tuple[str, ...]]:
-    from trimpoint.runtimes import onnx_graph, onnx_quantize
+    from trimpoint.runtimes import onnx_graph, onnx_quantize, onnx_weights
 
+    grouped, formats = onnx_weights.split(exported, formats)
+    missing = onnx_weights.compress(model, exported, grouped)
+    if not formats:
+        return model, missing
     prepared = onnx_quantize.preprocess(model)
     selection = onnx_quantize.select(prepared, exported, formats)
     if not selection.nodes:
-        return model, tuple(selection.unmapped)
+        return model, (*missing, *selection.unmapped)
     separate = onnx_quantize.quantize(prepared, selection, calibration_feeds(exported.signature, calibration))
     onnx_graph.strip(separate)
     fused = onnx_quantize.fuse(separate)
@@ -205,7 +210,7 @@ def _quantized(
     before, after = onnx_graph.serialize(separate), onnx_graph.serialize(fused)
     feeds = next(calibration_feeds(exported.signature, calibration))
     smaller = len(after) < len(before) and onnx_quantize.same_answers(before, after, feeds)
-    return (fused if smaller else separate), tuple(selection.unmapped)
+    return (fused if smaller else separate), (*missing, *selection.unmapped)
 
 
 def _scopes_of(model: Any, scopes: Mapping[str, str]) -> dict[str, str]:

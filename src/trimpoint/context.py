@@ -18,7 +18,6 @@ from trimpoint.graph import (
     InputGrid,
     InputGridEdit,
     MaskEdit,
-    OnGrid,
     bypass_,
     mask_,
     masks_of,
@@ -27,7 +26,7 @@ from trimpoint.graph import (
     remove_units_,
     replace_,
 )
-from trimpoint.graph.grids import grid_to_data
+from trimpoint.graph.grids import OnGrid, OnGroups, grid_to_data
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
 from trimpoint.graph.scalings import rescale_
 from trimpoint.graph.surgery import tensor_of
@@ -225,23 +224,15 @@ class _Context(Context):
         )
 
     def put_on_grid(
-        self,
-        path: str,
-        scale: Tensor,
-        bits: int,
-        *,
-        axis: int = 0,
-        values: Tensor | None = None,
-        learned: bool = False,
-        reason: str = "",
+        self, path: str, grid: OnGrid | OnGroups, *, values: Tensor | None = None, reason: str = ""
     ) -> None:
         """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file."""
-        module, grid = self.get(path), OnGrid(scale.detach().float().clone(), bits, axis, learned=learned)
+        module = self.get(path)
         before = describe(module)
         put_on_grid_(module, "weight", grid, values)
         self._build.inherit(module)
         self._build.edited([GridEdit(path, "weight", grid_to_data(grid))])
-        self._record.add("assigned", path, before, f"weight on {2 * grid.top + 1} levels", reason)
+        self._record.add("assigned", path, before, f"weight on {grid.levels} levels", reason)
 
     def round_input(self, paths: Sequence[str], low: float, high: float) -> None:
         """Round what modules read, the same tensor, to 8 bits, between numbers that training learns."""

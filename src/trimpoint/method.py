@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from trimpoint.graph.grids import OnGrid, OnGroups
     from trimpoint.recover.distill import Distillation
     from trimpoint.recover.penalty import Penalty
     from trimpoint.recover.recipe import Recovery
@@ -199,25 +200,14 @@ class Context(ABC):
 
     @abstractmethod
     def put_on_grid(
-        self,
-        path: str,
-        scale: "Tensor",
-        bits: int,
-        *,
-        axis: int = 0,
-        values: "Tensor | None" = None,
-        learned: bool = False,
-        reason: str = "",
+        self, path: str, grid: "OnGrid | OnGroups", *, values: "Tensor | None" = None, reason: str = ""
     ) -> None:
         """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file.
 
         Args:
             path: of the module.
-            scale: of each output channel, or a single one; one-dimensional, positive.
-            bits: of a code: at most `2 ** (bits - 1) - 1` steps to either side of zero.
-            axis: the weight's dimension of output channels.
+            grid: with the scales, see `trimpoint.graph.grids`; in float32.
             values: that the weight takes before, such as the result of a rounding that looks at more than one number.
-            learned: whether training learns the scales too.
             reason: how scales and integers were chosen.
         """
 

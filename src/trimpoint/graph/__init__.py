@@ -2,7 +2,7 @@
 
 from trimpoint.graph.blocks import find_blocks
 from trimpoint.graph.edits import GridEdit, InputGridEdit, MaskEdit
-from trimpoint.graph.grids import OnGrid, grids_of, put_on_grid_
+from trimpoint.graph.grids import OnGrid, OnGroups, grids_of, put_on_grid_
 from trimpoint.graph.groups import coupled_groups
 from trimpoint.graph.held import bake_, baked, why_not_held
 from trimpoint.graph.hidden_heads import find_groups
@@ -39,6 +39,7 @@ __all__ = [
     "Mask",
     "MaskEdit",
     "OnGrid",
+    "OnGroups",
     "PrunedAttention",
     "ReplaceEdit",
     "ResizeEdit",

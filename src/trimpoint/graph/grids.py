@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trimpoint.errors import SurgeryError
 from trimpoint.graph.held import Held, held_by, hold_, parameter_behind
 from trimpoint.graph.input_grids import rounded, slowed
-from trimpoint.quantization.grid import Grid
+from trimpoint.quantization.grid import Grid, GroupGrid
 
 BITS = (2, 8)
 _LEAST = 1e-30
@@ -71,6 +71,11 @@ class OnGrid(Held):
         """The greatest code."""
         return int(2 ** (self.bits - 1) - 1)
 
+    @property
+    def levels(self) -> int:
+        """The number of codes."""
+        return 2 * self.top + 1
+
     def _along(self, weight: Tensor) -> Tensor:
         shape = [1] * weight.ndim
         shape[self.axis] = -1
@@ -90,21 +95,102 @@ class OnGrid(Held):
         return f"bits={self.bits}, scales={self.scale.numel():,}"
 
 
+class OnGroups(Held):
+    """Round a matrix to multiples of a scale around a zero point, both of their own for each run of its inputs.
+
+    In training the gradient passes rounding as if it were not there, and stops where a weight is out of range.
+
+    Args:
+        scale: `[outputs, groups]`, positive; it stays of its type whatever becomes of the module.
+        zero: `[outputs, groups]`, whole numbers from 0 to `2 ** bits - 1`, of the scale's type.
+        bits: of a code, 2 to 8; codes are 0 to `2 ** bits - 1`.
+        group: inputs that share a scale; the last group may have fewer.
+        factor: by which the weights of each input are divided before they are rounded and multiplied afterwards,
+            `[inputs]`, positive.
+
+    Attributes:
+        scale: a buffer, as `zero` and `factor` are.
+
+    References:
+        Lin et al., "AWQ: activation-aware weight quantization for LLM compression and acceleration" (2023), for factors
+        of inputs.
+    """
+
+    order = 1
+    scale: Tensor
+    zero: Tensor
+    factor: Tensor
+
+    def __init__(self, scale: Tensor, zero: Tensor, bits: int, group: int, factor: Tensor) -> None:
+        super().__init__()
+        self.bits, self.group = bits, group
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.register_buffer("factor", factor)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight on the grid."""
+        scale, zero = self._along(self.scale), self._along(self.zero)
+        inside = torch.clamp(weight.float() / self.factor / scale + zero, 0, self.top)
+        codes = inside + (torch.round(inside) - inside).detach()
+        return ((codes - zero) * scale * self.factor).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the parameter for a weight that is assigned: the weight."""
+        return weight
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Return the integers of a weight, uint8."""
+        places = weight.float() / self.factor / self._along(self.scale) + self._along(self.zero)
+        return torch.round(torch.clamp(places, 0, self.top)).to(torch.uint8)
+
+    @property
+    def top(self) -> int:
+        """The greatest code."""
+        return int(2**self.bits - 1)
+
+    @property
+    def levels(self) -> int:
+        """The number of codes."""
+        return self.top + 1
+
+    def _along(self, values: Tensor) -> Tensor:
+        return values.repeat_interleave(self.group, 1)[:, : self.factor.numel()]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OnGroups":
+        """Follow the module to another device, but not to a shorter type: codes would not be the same any more."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            if old is not None and cast(Tensor, getattr(self, name)).dtype != old.dtype:
+                setattr(self, name, old.to(cast(Tensor, getattr(self, name)).device))
+        return self
+
+    def extra_repr(self) -> str:
+        """Show bits and groups."""
+        return f"bits={self.bits}, group={self.group}, scales={self.scale.numel():,}"
+
+
 @torch.no_grad()
-def put_on_grid_(module: nn.Module, parameter: str, grid: OnGrid, values: Tensor | None = None) -> None:
+def put_on_grid_(module: nn.Module, parameter: str, grid: OnGrid | OnGroups, values: Tensor | None = None) -> None:
     """Hold a parameter of a module on a grid, in place; it keeps its identity, a grid that it had gives way.
 
     Args:
         module: that has the parameter.
         parameter: its name.
-        grid: with as many scales as the parameter has output channels, or one.
+        grid: with as many scales as the parameter has output channels, or one; or one for each group of inputs.
         values: that the parameter takes before.
 
     Raises:
         SurgeryError: if the module has no such parameter, or the grid does not fit it.
     """
     weight = parameter_behind(module, parameter)
-    _check_fit(weight, grid.axis, grid.scale.numel() if grid.scale.ndim == 1 else 0)
+    if isinstance(grid, OnGroups):
+        shape = _groups_in(weight, grid.group)
+        if not (list(grid.scale.shape) == list(grid.zero.shape) == shape and grid.factor.shape == weight.shape[1:]):
+            raise SurgeryError(f"A grid for {list(weight.shape)} in groups of {grid.group} must have scales {shape}.")
+    else:
+        _check_fit(weight, grid.axis, grid.scale.numel() if grid.scale.ndim == 1 else 0)
     if values is not None:
         # What a mask on a schedule holds at zero may come back as it was.
         zero = (values == 0) & (cast(Tensor, getattr(module, parameter)) == 0)
@@ -118,15 +204,38 @@ def put_stored_grid_(module: nn.Module, parameter: str, data: Mapping[str, int])
     Raises:
         SurgeryError: as `put_on_grid_`; before anything of the size that the data names is made.
     """
-    _check_fit(parameter_behind(module, parameter), data["axis"], data["scales"])
+    weight = parameter_behind(module, parameter)
+    if "group" in data:
+        shape = _groups_in(weight, data["group"])
+        ones = (torch.ones(shape), torch.zeros(shape), data["bits"], data["group"], torch.ones(weight.shape[1]))
+        return put_on_grid_(module, parameter, OnGroups(*ones))
+    _check_fit(weight, data["axis"], data["scales"])
     grid = OnGrid(torch.ones(data["scales"]), data["bits"], data["axis"], learned=bool(data["learned"]))
-    put_on_grid_(module, parameter, grid)
+    return put_on_grid_(module, parameter, grid)
 
 
 def wrong_scales(module: nn.Module) -> list[str]:
-    """Return the paths of all grids of which a scale is not finite and positive."""
-    grids = [(path, part.scale) for path, part in module.named_modules() if isinstance(part, OnGrid)]
-    return [path for path, scale in grids if not bool((torch.isfinite(scale) & (scale > 0)).all())]
+    """Return the paths of all grids of which a scale is not finite and positive, or a zero point is no code."""
+    grids = [(path, part) for path, part in module.named_modules() if isinstance(part, (OnGrid, OnGroups))]
+    return [path for path, grid in grids if not _sound(grid)]
+
+
+def _sound(grid: OnGrid | OnGroups) -> bool:
+    scales = [grid.scale, grid.factor] if isinstance(grid, OnGroups) else [grid.scale]
+    sound = all(bool((torch.isfinite(each) & (each > 0)).all()) for each in scales)
+    if isinstance(grid, OnGroups):
+        sound = sound and bool(((grid.zero == grid.zero.round()) & (grid.zero >= 0) & (grid.zero <= grid.top)).all())
+    return sound
+
+
+def _groups_in(weight: Tensor, group: int) -> list[int]:
+    """Return the shape of the scales of a matrix in groups."""
+    if not (weight.is_floating_point() and weight.ndim == 2 and group <= weight.shape[1]):
+        raise SurgeryError(
+            f"A grid in groups of {group} inputs needs a floating-point matrix at least as wide. Got {weight.dtype} of "
+            f"shape {list(weight.shape)}."
+        )
+    return [weight.shape[0], -(-weight.shape[1] // group)]
 
 
 def _check_fit(weight: Tensor, axis: int, scales: int) -> None:
@@ -140,9 +249,9 @@ def _check_fit(weight: Tensor, axis: int, scales: int) -> None:
 
 
 @torch.no_grad()
-def grids_of(module: nn.Module) -> dict[str, Grid]:
+def grids_of(module: nn.Module) -> dict[str, Grid | GroupGrid]:
     """Return the integers of all weights on grids, by the path of the module."""
-    found = {}
+    found: dict[str, Grid | GroupGrid] = {}
     for path, part in module.named_modules(remove_duplicate=False):
         chain = held_by(part).get("weight")
         if chain is not None and isinstance(chain[-1], OnGrid):
@@ -150,19 +259,35 @@ def grids_of(module: nn.Module) -> dict[str, Grid]:
             codes = grid.codes(cast(Tensor, part.weight)).cpu().numpy()
             scale = grid._along(cast(Tensor, part.weight)).flatten().double().cpu().numpy()
             found[path] = Grid(codes=codes, scale=scale, axis=grid.axis, bits=grid.bits)
+        elif chain is not None and isinstance(chain[-1], OnGroups):
+            grouped = chain[-1]
+            factor = None if bool((grouped.factor == 1).all()) else grouped.factor.cpu().numpy()
+            found[path] = GroupGrid(
+                codes=grouped.codes(cast(Tensor, part.weight)).cpu().numpy(),
+                scale=grouped.scale.cpu().numpy(),
+                zero=grouped.zero.to(torch.uint8).cpu().numpy(),
+                group=grouped.group,
+                bits=grouped.bits,
+                factor=factor,
+            )
     return found
 
 
 def check_grid(data: Any) -> str:
     """Return what is wrong with the JSON form of a grid, or `""`."""
-    if not isinstance(data, Mapping) or set(data) != {"bits", "axis", "scales", "learned"}:
-        return f"a grid has bits, axis, scales, and whether they are learned. Got {data!r}"
+    if not isinstance(data, Mapping) or set(data) not in ({"bits", "axis", "scales", "learned"}, {"bits", "group"}):
+        return f"a grid has bits, axis, scales and whether they are learned, or bits and group. Got {data!r}"
     bad = [key for key, value in data.items() if type(value) is not (bool if key == "learned" else int)]
+    if "group" in data:
+        sound = not bad and BITS[0] <= data["bits"] <= BITS[1] and 1 <= data["group"] < 1 << 31
+        return "" if sound else f"it has 2 to 8 bits and a size of its groups. Got {data!r}"
     if bad or not (BITS[0] <= data["bits"] <= BITS[1] and 0 <= data["axis"] < 8 and 1 <= data["scales"] < 1 << 31):
         return f"it has 2 to 8 bits, a dimension and a number of scales. Got {data!r}"
     return ""
 
 
-def grid_to_data(grid: OnGrid) -> dict[str, int | bool]:
+def grid_to_data(grid: OnGrid | OnGroups) -> dict[str, int | bool]:
     """Return the JSON form of a grid; its scales are part of the module's state."""
+    if isinstance(grid, OnGroups):
+        return {"bits": grid.bits, "group": grid.group}
     return {"bits": grid.bits, "axis": grid.axis, "scales": grid.scale.numel(), "learned": grid.learned}

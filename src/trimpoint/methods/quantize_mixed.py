@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from trimpoint.errors import InvalidParameterError
+from trimpoint.graph import OnGrid
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
 from trimpoint.quantization.sensitivity import divergence, weight_as
 from trimpoint.quantization.weights import Choice, choices, why_no_grid
@@ -113,7 +114,7 @@ class QuantizeMixed(Method):
 
     def _assign(self, ctx: Context, path: str, bits: int, choice: Choice, cost: float) -> None:
         reason = f"{choice.reason}; moves the answers by {cost:.2g} of their variance"
-        ctx.put_on_grid(path, choice.scale, bits, axis=choice.axis, values=choice.values, reason=reason)
+        ctx.put_on_grid(path, OnGrid(choice.scale.float(), bits, choice.axis), values=choice.values, reason=reason)
         weight = Format(dtype=f"int{bits}", granularity="channel", symmetric=True, reduce_range=True)
         ctx.assign(path, "weight", weight)
         ctx.assign(path, "input", Format(dtype="uint8", granularity="tensor", symmetric=False))

@@ -5,6 +5,7 @@ Weights are matrices `[outputs, inputs]`, scales `[outputs]`; XᵀX is that of t
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -76,6 +77,25 @@ def gptq(
         Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: accurate post-training quantization for generative pre-trained
         transformers" (2023); the order is that of the option `act_order` of its authors' code.
     """
+    return sweep(weight, lambda values, _: nearest(values[:, None], scale, top)[:, 0], products, keep, damping)
+
+
+def sweep(
+    weight: Tensor,
+    onto: Callable[[Tensor, int], Tensor],
+    products: Tensor,
+    keep: Tensor | None = None,
+    damping: float = 0.01,
+) -> Tensor:
+    """Do what `gptq` does on any grid.
+
+    Args:
+        weight: `[outputs, inputs]`.
+        onto: returns weights `[outputs]` of an input on the grid, given its position.
+        products: as those that follow, see `gptq`.
+        keep: booleans `[outputs, inputs]`.
+        damping: of the diagonal.
+    """
     order = products.diagonal().argsort(descending=True, stable=True)
     left = weight.detach().double()[:, order].clone()
     gone = None if keep is None else ~keep[:, order]
@@ -86,7 +106,7 @@ def gptq(
         part, inner = left[:, start:end], factor[start:end, start:end]
         errors = torch.empty_like(part)
         for column in range(end - start):
-            now = nearest(part[:, column : column + 1], scale, top)[:, 0]
+            now = onto(part[:, column], int(order[start + column]))
             if gone is not None:
                 now = now.masked_fill(gone[:, start + column], 0.0)
             errors[:, column] = (part[:, column] - now) / inner[column, column]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trimpoint.errors import DataError, TraceError
-from trimpoint.graph import kept_by, why_not_held
+from trimpoint.graph import OnGrid, kept_by, why_not_held
 from trimpoint.method import Context
 from trimpoint.quantization.rounding import adaround, best_scale, error_of, gptq, nearest, widest_scale
 from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, groups_of, own_forward
@@ -59,7 +59,8 @@ def round_weights(
     norms = _norms(ctx) if correct_bias else {}
     for path, seen, found in choices(ctx, paths, [bits], rounding, scale, means=correct_bias):
         before, best = cast(Tensor, ctx.get(path).weight).detach().double(), found[bits]
-        ctx.put_on_grid(path, best.scale, bits, axis=best.axis, values=best.values, learned=learned, reason=best.reason)
+        grid = OnGrid(best.scale.float(), bits, best.axis, learned=learned)
+        ctx.put_on_grid(path, grid, values=best.values, reason=best.reason)
         if correct_bias and seen is not None:
             _correct(ctx, path, best.values.double() - before, seen, norms)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from trimpoint.errors import DataError
-from trimpoint.quantization.grid import Grid
+from trimpoint.quantization.grid import Grid, GroupGrid
 from trimpoint.signature import Signature, check_inputs, flatten, unflatten
 from trimpoint.values import Format
 
@@ -47,7 +47,7 @@ class Exported:
     scopes: Mapping[str, str] = field(default_factory=dict)
     program: "ExportedProgram | None" = None
     notes: tuple[str, ...] = ()
-    grids: Mapping[str, Grid] = field(default_factory=dict)
+    grids: Mapping[str, Grid | GroupGrid] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from trimpoint.quantization.grid import Grid
 from trimpoint.runtimes.base import Exported, Formats
 from trimpoint.runtimes.onnx_quantize import grid_scales
 from trimpoint.values import Format
@@ -61,9 +62,9 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> DynamicSe
             continue
         for node in nodes:
             result.weights[node.name] = tensors["weight"]
-            if path in exported.grids and node.op_type != "LSTM":
+            if isinstance(grid := exported.grids.get(path), Grid) and node.op_type != "LSTM":
                 weight, axis = _matrix(node, stored)
-                scale = grid_scales(exported.grids[path], weight, axis)
+                scale = grid_scales(grid, weight, axis)
                 if isinstance(scale, str):
                     result.unmapped.append(f"{path}: {scale}, and is rounded anew")
                 else:

@@ -120,8 +120,8 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection
             if path in exported.ranges:
                 for name in same_numbers(model, node.input[0]):
                     result.ranges.setdefault(name, exported.ranges[path])
-            if path in exported.grids:
-                _fix(result, path, node, exported.grids[path], stored[node.input[1]])
+            if isinstance(grid := exported.grids.get(path), Grid):
+                _fix(result, path, node, grid, stored[node.input[1]])
     result.nodes += glue(model, set(result.nodes), weights)
     return result
 

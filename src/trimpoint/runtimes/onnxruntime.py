@@ -51,7 +51,8 @@ class OnnxRuntime(Runtime):
     on what lies between them; the quantised operators are then fused, as on opening, where that gives bitwise equal
     answers in a smaller file. Dynamic int8 is written as the operators that those of `quantize_dynamic` are fused into,
     and needs no data. Activations of static int8 are stored as uint8 whatever their format's type, since on x86-64 only
-    uint8 activations have fused kernels; int8 around zero is uint8 around 128.
+    uint8 activations have fused kernels; int8 around zero is uint8 around 128. Matrices on grids in groups
+    become `MatMulNBits`.
 
     References:
         https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
@@ -200,14 +201,18 @@ def _quantized(
 
     Static formats come first, then dynamic ones.
     """
-    from trimpoint.runtimes import onnx_dynamic, onnx_graph, onnx_quantize, saturation
+    from trimpoint.runtimes import onnx_dynamic, onnx_graph, onnx_quantize, onnx_weights, saturation
 
+    grouped, formats = onnx_weights.split(exported, formats)
+    missing = onnx_weights.compress(model, exported, grouped)
+    if not formats:
+        return model, missing, ()
     prepared = onnx_quantize.preprocess(model)
     each_call = {path: tensors for path, tensors in formats.items() if is_dynamic(tensors)}
     before = {path: tensors for path, tensors in formats.items() if path not in each_call}
     dynamic = onnx_dynamic.select(prepared, exported, each_call)
     static = onnx_quantize.select(prepared, exported, before)
-    unmapped = (*static.unmapped, *dynamic.unmapped)
+    unmapped = (*missing, *static.unmapped, *dynamic.unmapped)
     if not static.nodes:
         return (onnx_dynamic.quantize(prepared, dynamic) if dynamic.weights else model), unmapped, ()
     separate = onnx_quantize.quantize(prepared, static, calibration_feeds(exported.signature, calibration))

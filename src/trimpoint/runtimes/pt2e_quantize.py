@@ -162,6 +162,7 @@ def quantize(
     """
     module = program.module(check_guards=False)
     selection = _select(module, exported, formats)
+    grids = {path: grid for path, grid in exported.grids.items() if isinstance(grid, Grid)}
     told = "the quantiser of ExecuTorch takes no ranges, it calibrates anew"
     selection.unmapped += [f"{path}: {told}" for path in selection.formats if path in exported.ranges]
     if not selection.formats:
@@ -169,7 +170,7 @@ def quantize(
     static = any("input" in tensors for tensors in selection.formats.values())
     # Without static formats nothing but the weights is looked at, and any run of the model shows those.
     feeds = calibration_feeds(exported.signature, calibration) if static else _example(program, exported.signature)
-    result, owners = _quantized(program, module, _Quantizer(selection, exported.grids), exported.signature, feeds)
+    result, owners = _quantized(program, module, _Quantizer(selection, grids), exported.signature, feeds)
     return result, tuple(selection.unmapped), owners
 
 

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from trimpoint.compress import compress
 from trimpoint.errors import TrimpointError
 from trimpoint.filters import Filter, Glob
-from trimpoint.graph import Bypass, find_blocks
+from trimpoint.graph import Bypass, find_blocks, grids_of
 from trimpoint.method import ALL_FACTS, Fact, Method
 from trimpoint.plan import Plan, Step
 from trimpoint.signature import flatten
@@ -212,7 +212,8 @@ def _lost_facts(result: Applied, before: nn.Module, origin: str) -> Fact:
     probes: Mapping[Fact, Callable[[], bool]] = {
         Fact.FLOAT_WEIGHT: lambda: "weight" in formats or not _float_weights(after),
         Fact.ORIGINAL_SHAPE: lambda: _shapes(before) != _shapes(after),
-        Fact.DENSE: lambda: _zeros(after) > _zeros(before),
+        # What is rounded to zero on a grid is not held there.
+        Fact.DENSE: lambda: _zeros(after) > _zeros(before) and not grids_of(after),
     }
     return Fact(sum(fact.value for fact, probe in probes.items() if probe()))
 

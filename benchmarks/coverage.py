@@ -51,6 +51,7 @@ METHODS = {
     "factorize-recurrent": {},
     "prune-weights": {"ratio": 0.5},
     "quantize-static": {},
+    "share-weights": {},
     "sparse-train": {"epochs": 1.0},
     "finetune": {"epochs": 1.0},
     "distill": {"epochs": 1.0},

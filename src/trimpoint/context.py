@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimpoint.build import Build, describe, observed, own_shapes, type_names
+from trimpoint.build import Build, describe, observed, own_shapes, tied_parameters, type_names
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
 from trimpoint.graph import GridEdit, MaskEdit, OnGrid, bypass_, mask_, masks_of, put_on_grid_, remove_units_, replace_
+from trimpoint.graph.codebooks import share_
+from trimpoint.graph.edits import CodebookEdit
 from trimpoint.graph.grids import grid_to_data
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
 from trimpoint.method import ALL_FACTS, Context, Site
@@ -81,17 +83,14 @@ class _Context(Context):
 
     def modules(self) -> Iterator[Site]:
         """Yield the modules in scope that still have the required facts."""
-        holders: dict[int, set[int]] = {}
-        for module in self.module.modules():
-            for parameter in module.parameters(recurse=False):
-                holders.setdefault(id(parameter), set()).add(id(module))
+        shared = tied_parameters(self.module)
         for path, module in list(self.module.named_modules()):
             if not self._in_scope(path, module) or not set(self._traits.targets) & set(type_names(module)):
                 continue
             if missing := self._missing(path):
                 self.skip(path, missing)
             else:
-                tied = any(len(holders[id(p)]) > 1 for p in module.parameters(recurse=False))
+                tied = any(id(p) in shared for p in module.parameters(recurse=False))
                 yield Site(path=path, origin=self._build.origin(path), module=module, tied=tied)
 
     def groups(self) -> tuple[Group, ...]:
@@ -201,6 +200,14 @@ class _Context(Context):
         self._inherit(module)
         self._build.edited([GridEdit(path, "weight", grid_to_data(grid))])
         self._change("assigned", path, before, f"weight on {2 * grid.top + 1} levels", reason)
+
+    def share(self, path: str, codes: Tensor, values: Tensor, *, reason: str = "") -> None:
+        """Let the weights of the module at `path` share values, through training and in the exported file."""
+        module = self.get(path)
+        before, book = describe(module), share_(module, "weight", codes, values)
+        self._inherit(module)
+        self._build.edited([CodebookEdit(path, "weight", book)])
+        self._change("assigned", path, before, f"weight of {book['values']} values and zero", reason)
 
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor, under every path that the module has."""
@@ -365,12 +372,8 @@ class _Context(Context):
             self._build.origins.update(dict.fromkeys(inner, self._build.origin(alias)))
 
     def _out_of_scope_parameters(self) -> list[nn.Parameter]:
-        inside = {
-            id(parameter)
-            for path, module in self.module.named_modules()
-            if self._in_scope(path, module)
-            for parameter in module.parameters(recurse=False)
-        }
+        covered = [module for path, module in self.module.named_modules() if self._in_scope(path, module)]
+        inside = {id(parameter) for module in covered for parameter in module.parameters(recurse=False)}
         return [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
 
     def _need_task(self) -> Task:

@@ -64,7 +64,7 @@ def hold_(module: nn.Module, parameter: str, step: Held) -> None:
         chain[next(place for place, old in enumerate(chain) if old.order == step.order)] = step
     else:
         chain.insert(sum(old.order < step.order for old in chain), step)
-    step.train(module.training)
+    cast(nn.ModuleDict, module.parametrizations).train(module.training)
 
 
 def type_before(module: nn.Module) -> str:

@@ -202,3 +202,12 @@ def inputs_of(core: nn.Module, model: nn.Module, inputs: Any) -> Any:
     if not seen:
         raise DataError("The model does not call its core on the example inputs.", "check `Task(core=...)`")
     return seen[0]
+
+
+def tied_parameters(model: nn.Module) -> set[int]:
+    """Return the ids of all parameters that more than one module of a model has."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(id(module))
+    return {parameter for parameter, modules in holders.items() if len(modules) > 1}

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimpoint.build import Build, describe, observed, own_shapes, type_names
+from trimpoint.build import Build, describe, observed, own_shapes, tied_parameters, type_names
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
 from trimpoint.graph import (
+    CodebookEdit,
     GridEdit,
     InputGrid,
     InputGridEdit,
@@ -25,6 +26,7 @@ from trimpoint.graph import (
     put_on_grid_,
     remove_units_,
     replace_,
+    share_,
 )
 from trimpoint.graph.grids import OnGrid, OnGroups, grid_to_data
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
@@ -94,17 +96,14 @@ class _Context(Context):
 
     def modules(self) -> Iterator[Site]:
         """Yield the modules in scope that still have the required facts."""
-        holders: dict[int, set[int]] = {}
-        for module in self.module.modules():
-            for parameter in module.parameters(recurse=False):
-                holders.setdefault(id(parameter), set()).add(id(module))
+        shared = tied_parameters(self.module)
         for path, module in list(self.module.named_modules()):
             if not self._in_scope(path, module) or not set(self._traits.targets) & set(type_names(module)):
                 continue
             if missing := self._missing(path):
                 self.skip(path, missing)
             else:
-                tied = any(len(holders[id(p)]) > 1 for p in module.parameters(recurse=False))
+                tied = any(id(p) in shared for p in module.parameters(recurse=False))
                 yield Site(path=path, origin=self._build.origin(path), module=module, tied=tied)
 
     def groups(self) -> tuple[Group, ...]:
@@ -245,6 +244,14 @@ class _Context(Context):
         for path in paths:
             self._record.add_to("assigned", path, describe(self.get(path)), "range of its input learned")
 
+    def share(self, path: str, codes: Tensor, values: Tensor, *, reason: str = "") -> None:
+        """Let the weights of the module at `path` share values, through training and in the exported file."""
+        module = self.get(path)
+        before, book = describe(module), share_(module, "weight", codes, values)
+        self._build.inherit(module)
+        self._build.edited([CodebookEdit(path, "weight", book)])
+        self._record.add("assigned", path, before, f"weight of {book['values']} values and zero", reason)
+
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor, under every path that the module has."""
         for alias in self._build.aliases(self.get(path)):
@@ -362,12 +369,8 @@ class _Context(Context):
             yield "", f"nothing in scope that {self._name} acts on"
 
     def _out_of_scope_parameters(self) -> list[nn.Parameter]:
-        inside = {
-            id(parameter)
-            for path, module in self.module.named_modules()
-            if self._in_scope(path, module)
-            for parameter in module.parameters(recurse=False)
-        }
+        covered = [module for path, module in self.module.named_modules() if self._in_scope(path, module)]
+        inside = {id(parameter) for module in covered for parameter in module.parameters(recurse=False)}
         return [p for p in self.module.parameters() if p.requires_grad and id(p) not in inside]
 
     def _need_task(self) -> Task:

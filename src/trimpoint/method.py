@@ -222,6 +222,17 @@ class Context(ABC):
         """
 
     @abstractmethod
+    def share(self, path: str, codes: "Tensor", values: "Tensor", *, reason: str = "") -> None:
+        """Let the weights of the module at `path` share values, which are trained, also in the exported file.
+
+        Args:
+            path: of the module.
+            codes: of the weight's shape, uint8: 0 for zero, i + 1 for `values[i]`.
+            values: one-dimensional, at most 255.
+            reason: how they were chosen.
+        """
+
+    @abstractmethod
     def assign(self, path: str, tensor: Literal["weight", "input", "output"], format: Format) -> None:
         """Decide the number format of a tensor of the module at `path`; the runtime realises it."""
 

@@ -1,7 +1,8 @@
 """The structure of PyTorch models: traced, read as coupled groups and blocks, edited in place, rebuilt elsewhere."""
 
 from trimpoint.graph.blocks import find_blocks
-from trimpoint.graph.edits import GridEdit, InputGridEdit, MaskEdit
+from trimpoint.graph.codebooks import Codebook, share_
+from trimpoint.graph.edits import CodebookEdit, GridEdit, InputGridEdit, MaskEdit
 from trimpoint.graph.grids import OnGrid, OnGroups, grids_of, put_on_grid_
 from trimpoint.graph.groups import coupled_groups
 from trimpoint.graph.held import bake_, baked, why_not_held
@@ -31,6 +32,8 @@ __all__ = [
     "AttributeEdit",
     "Bypass",
     "BypassEdit",
+    "Codebook",
+    "CodebookEdit",
     "Edit",
     "GridEdit",
     "InputGrid",
@@ -66,6 +69,7 @@ __all__ = [
     "remove_units_",
     "replace_",
     "save_structure",
+    "share_",
     "trace",
     "why_not_held",
     "why_unprunable",

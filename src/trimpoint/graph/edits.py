@@ -1,6 +1,6 @@
 """Structural edits as data: a closed vocabulary that is applied in place and replayed on an unmodified copy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, cast
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trimpoint.errors import ArtifactError, SurgeryError, suggest
 from trimpoint.graph.bypass import PLAIN, Bypass
+from trimpoint.graph.codebooks import check_codebook, share_stored_
 from trimpoint.graph.grids import check_grid, put_stored_grid_
 from trimpoint.graph.input_grids import InputGrid, check_input_grid, put_input_on_grid_
 from trimpoint.graph.layers import check_layer, layer_from_data
@@ -88,7 +89,16 @@ class InputGridEdit:
     zero: bool
 
 
-Edit = BypassEdit | ResizeEdit | AttributeEdit | ReplaceEdit | MaskEdit | GridEdit | InputGridEdit
+@dataclass(frozen=True)
+class CodebookEdit:
+    """Let weights share values: see `trimpoint.graph.codebooks`. Codes and values are part of the module's state."""
+
+    path: str
+    parameter: str
+    codebook: Mapping[str, int]
+
+
+Edit = BypassEdit | ResizeEdit | AttributeEdit | ReplaceEdit | MaskEdit | GridEdit | InputGridEdit | CodebookEdit
 _KINDS: dict[str, type[Any]] = {
     "bypass": BypassEdit,
     "resize": ResizeEdit,
@@ -97,7 +107,14 @@ _KINDS: dict[str, type[Any]] = {
     "mask": MaskEdit,
     "grid": GridEdit,
     "input-grid": InputGridEdit,
+    "codebook": CodebookEdit,
 }
+_HELD: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "mask": ("schedule", check_schedule),
+    "grid": ("grid", check_grid),
+    "codebook": ("codebook", check_codebook),
+}
+"""Kind of what holds a parameter → the entry that describes it, and what says what is wrong with that."""
 _FIELDS = {kind: {field.name for field in fields(edit)} - {"path"} for kind, edit in _KINDS.items()}
 
 
@@ -158,8 +175,9 @@ def _edit(entry: Any, where: str) -> Edit:
         if problem := check_layer(entry["layer"]):
             raise ArtifactError(f"The {where} makes no layer: {problem}.")
         return ReplaceEdit(entry["path"], entry["layer"])
-    if kind in ("mask", "grid"):
-        problem = check_schedule(entry["schedule"]) if kind == "mask" else check_grid(entry["grid"])
+    if kind in _HELD:
+        content, check = _HELD[kind]
+        problem = check(entry[content])
         if not isinstance(entry["parameter"], str):
             problem = "a parameter is named by a word"
         if problem:
@@ -257,6 +275,8 @@ def apply_edits_(module: nn.Module, edits: Sequence[Edit]) -> nn.Module:
         elif isinstance(edit, InputGridEdit):
             grid = InputGrid(0.0 if edit.zero else -1.0, 1.0, edit.bits)
             put_input_on_grid_([target, *(_get(module, path) for path in edit.also)], grid)
+        elif isinstance(edit, CodebookEdit):
+            share_stored_(target, edit.parameter, edit.codebook)
         else:
             _set_size(target, edit)
     return module

@@ -14,6 +14,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from trimpoint.errors import ArtifactError, SurgeryError
+from trimpoint.graph.codebooks import wrong_codebooks
 from trimpoint.graph.edits import Edit, apply_edits_, edits_from_data, edits_to_data
 from trimpoint.graph.grids import wrong_scales
 from trimpoint.graph.input_grids import wrong_ranges
@@ -88,6 +89,8 @@ def rebuild(directory: Path | str, factory: Callable[[], nn.Module]) -> nn.Modul
     module.load_state_dict(state, strict=True)
     if wrong := wrong_scales(module) + wrong_ranges(module):
         raise ArtifactError(f"The scales of {wrong[0]!r} must be finite and positive.")
+    if wrong := wrong_codebooks(module):
+        raise ArtifactError(f"The codes of {wrong[0]!r} must stand for values, and its values be finite.")
     return module
 
 

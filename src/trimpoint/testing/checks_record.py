@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from trimpoint.compress import compress
 from trimpoint.errors import TrimpointError
 from trimpoint.filters import Filter, Glob
-from trimpoint.graph import Bypass, find_blocks, grids_of
+from trimpoint.graph import Bypass, Codebook, find_blocks, grids_of
 from trimpoint.method import ALL_FACTS, Fact, Method
 from trimpoint.plan import Plan, Step
 from trimpoint.signature import flatten
@@ -210,7 +210,7 @@ def _lost_facts(result: Applied, before: nn.Module, origin: str) -> Fact:
         return Fact.PRESENT
     formats = result.compressed.formats.get(origin, {})
     probes: Mapping[Fact, Callable[[], bool]] = {
-        Fact.FLOAT_WEIGHT: lambda: "weight" in formats or not _float_weights(after),
+        Fact.FLOAT_WEIGHT: lambda: "weight" in formats or not _float_weights(after) or _shares(after),
         Fact.ORIGINAL_SHAPE: lambda: _shapes(before) != _shapes(after),
         # What is rounded to zero on a grid is not held there.
         Fact.DENSE: lambda: _zeros(after) > _zeros(before) and not grids_of(after),
@@ -221,6 +221,10 @@ def _lost_facts(result: Applied, before: nn.Module, origin: str) -> Fact:
 def _float_weights(module: nn.Module) -> bool:
     weight = own_tensors(module).get("weight")
     return weight is None or weight.is_floating_point()
+
+
+def _shares(module: nn.Module) -> bool:
+    return any(isinstance(part, Codebook) for part in module.modules())
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -52,7 +52,7 @@ METHODS = {
     "prune-weights": {"ratio": 0.5},
     "quantize-static": {},
     "quantize-dynamic": {},
-    "quantize-mixed": {"samples": 8, "bits": "3,8", "mean_bits": 5.0},
+    "quantize-mixed": {"samples": 8, "fewest_bits": 4, "most_bits": 5, "mean_bits": 4.5},
     "quantize-weights": {},
     "equalize-layers": {},
     "smooth-activations": {},

@@ -78,7 +78,7 @@ def test_layers_that_count_get_more_bits(given):
 
 def test_one_number_of_bits_is_that_of_quantize_static(given):
     model, task, _ = given
-    mixed = compress(model, Plan().then(QuantizeMixed(mean_bits=4.0, bits="4")), task)
+    mixed = compress(model, Plan().then(QuantizeMixed(mean_bits=4.0, fewest_bits=4, most_bits=4)), task)
     uniform = compress(model, Plan().then(QuantizeStatic(bits=4, rounding="gptq")), task)
     first, second = grids_of(mixed.module), grids_of(uniform.module)
     assert all((first[path].codes == second[path].codes).all() for path in second)
@@ -94,7 +94,7 @@ def test_zeros_that_are_held_stay(given):
 
 @pytest.mark.parametrize(
     ("params", "words"),
-    [({"bits": "4,9"}, "from 2 to 8"), ({"bits": "four"}, "from 2 to 8"), ({"bits": "4,8", "mean_bits": 3.0}, "least")],
+    [({"most_bits": 9}, "range"), ({"fewest_bits": 4, "mean_bits": 3.0}, "at most"), ({"most_bits": 1}, "range")],
 )
 def test_parameters_that_cannot_be(params, words):
     with pytest.raises(InvalidParameterError, match=words):

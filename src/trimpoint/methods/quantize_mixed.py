@@ -48,7 +48,8 @@ class QuantizeMixed(Method):
         bounds=Bounds(ge=2, le=8),
         search=(6.0, 5.0, 4.0),
     )
-    bits: str = param("2,3,4,5,6,7,8", doc="numbers of bits that a layer may have, 2 to 8, with commas between")
+    fewest_bits: int = param(2, doc="of a weight of a layer", bounds=Bounds(ge=2, le=8))
+    most_bits: int = param(8, doc="of a weight of a layer", bounds=Bounds(ge=2, le=8))
     samples: int = param(256, doc="of the calibration data by which layers are measured", bounds=Bounds(ge=1))
     rounding: str = param(
         "gptq",
@@ -68,22 +69,12 @@ class QuantizeMixed(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        words = [word.strip() for word in self.bits.split(",")]
-        if not words or not all(word.isdigit() and 2 <= int(word) <= 8 for word in words):
+        if self.fewest_bits > min(self.most_bits, self.mean_bits):
             raise InvalidParameterError(
-                f"The 'bits' parameter of QuantizeMixed must be numbers from 2 to 8. Got {self.bits!r}.",
-                'such as "2,4,8"',
-            )
-        if min(self._bits) > self.mean_bits:
-            raise InvalidParameterError(
-                f"The 'mean_bits' parameter of QuantizeMixed must be at least the least of 'bits', {min(self._bits)}. "
-                f"Got {self.mean_bits:g}.",
+                "The 'fewest_bits' parameter of QuantizeMixed must be at most 'mean_bits' and 'most_bits'. Got "
+                f"{self.fewest_bits}, {self.mean_bits:g} and {self.most_bits}.",
                 "allow a layer fewer bits",
             )
-
-    @property
-    def _bits(self) -> list[int]:
-        return sorted({int(word) for word in self.bits.split(",")})
 
     def apply(self, ctx: Context) -> None:
         """Choose integers for every number of bits, measure what each costs, solve, and put the weights on grids."""
@@ -96,7 +87,8 @@ class QuantizeMixed(Method):
                 paths.append(site.path)
         if not paths:
             return
-        found = {path: each for path, _, each in choices(ctx, paths, self._bits, self.rounding, "output-error")}
+        every = range(self.fewest_bits, self.most_bits + 1)
+        found = {path: each for path, _, each in choices(ctx, paths, every, self.rounding, "output-error")}
         costs = divergence(
             ctx,
             {

@@ -76,7 +76,7 @@ def test_a_packed_artifact_is_restored_opened_and_verified(artifact: Path, tmp_p
 
 def test_a_model_packed_alone_is_smaller_and_runs(artifact: Path, tmp_path: Path) -> None:
     whole = pack_artifact(artifact, tmp_path / "a.tpz")
-    report = trimpoint.pack(artifact, tmp_path / "m.tpz", model_only=True)
+    report = pack_artifact(artifact, tmp_path / "m.tpz", model_only=True)
     assert report.model_only
     assert report.coded_bytes < whole.coded_bytes
     x = np.random.default_rng(0).normal(size=(3, 60)).astype(np.float32)

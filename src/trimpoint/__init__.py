@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from trimpoint.graph.streaming import streaming as streaming
     from trimpoint.measure.profile import measure_model as measure
     from trimpoint.method import Method as Method
-    from trimpoint.packed import pack_artifact as pack
     from trimpoint.plan import Plan as Plan
     from trimpoint.plan import Step as Step
     from trimpoint.report import report as report
@@ -60,7 +59,6 @@ _HOMES = {
     "measure": "measure.profile:measure_model",
     "open": "artifact:open_artifact",
     "open_study": "search",
-    "pack": "packed:pack_artifact",
     "pick": "search",
     "report": "report",
     "resume": "search",
@@ -90,7 +88,6 @@ __all__ = [
     "measure",
     "open",
     "open_study",
-    "pack",
     "pick",
     "report",
     "resume",

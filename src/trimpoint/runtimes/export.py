@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,12 +26,16 @@ _OPSET = 20
 
 
 class _Flat(nn.Module):
-    """Take and return the tensors of a module's own structures one by one."""
+    """Take and return the tensors of a module's own structures one by one.
 
-    def __init__(self, module: nn.Module, structure: Any) -> None:
+    `any_length`: recurrent layers are traced for any number of steps, by an operator that only ONNX has a form for.
+    """
+
+    def __init__(self, module: nn.Module, structure: Any, *, any_length: bool = True) -> None:
         super().__init__()
         self.module = module
         self.structure = structure
+        self.any_length = any_length
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         outputs = _tensors_of(call(self.module, unflatten(self.structure, leaves)), [], "")
@@ -76,7 +81,7 @@ def export(
     """
     _check_finite(module)
     _check_projections(module)
-    wrapper = _Flat(_copied(module), structure_of(inputs)).eval()
+    wrapper = _Flat(_copied(module), structure_of(inputs), any_length="program" not in sources).eval()
     names = leaf_names(inputs, "input")
     leaves = [leaf.detach().cpu() for leaf in flatten(as_tensors(inputs))]
     wanted = tuple(dict(dynamic_dims.get(name, {})) for name in names)
@@ -212,7 +217,7 @@ def _trace(
         for leaf, opened in zip(example, attempt.dims, strict=True)
     ]
     try:
-        with quiet(), torch.no_grad(), AnyLength():
+        with quiet(), torch.no_grad(), AnyLength() if wrapper.any_length else nullcontext():
             program = torch.export.export(wrapper, tuple(example), dynamic_shapes=(attempt.dims,), strict=False)
     except Exception as error:
         raise export_errors.explain_capture(error, wrapper.module) from error

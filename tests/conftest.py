@@ -4,6 +4,16 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that share a fixture of their file on one worker: what it makes is made once."""
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo", None)
+        scopes = [each.scope for given in (fixtures.name2fixturedefs if fixtures else {}).values() for each in given]
+        if "module" in scopes and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Compute on one thread: the networks of the tests are small, and threads that wait for each other cost more."""

@@ -22,7 +22,7 @@ def cases():
     torch.manual_seed(0)
     made = {
         "cnn": (networks.convolutional(), lambda n=4: networks.quadrants(n)[0], {"input": networks.BATCH}, {}),
-        "resnet20": (networks.random_resnet(), lambda n=4: torch.randn(n, 1, 28, 28), {"input": networks.BATCH}, {}),
+        "resnet8": (networks.random_resnet(), lambda n=4: torch.randn(n, 1, 28, 28), {"input": networks.BATCH}, {}),
         "transformer": (
             networks.Transformer().eval(),
             networks.tokens,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from trimpoint.demo.resnet import resnet20
+from trimpoint.demo.resnet import ResNet
 from trimpoint.values import Format
 
 BATCH = {0: "batch"}
@@ -102,9 +102,9 @@ def quadrants(count: int) -> tuple[Tensor, Tensor]:
 
 
 def random_resnet() -> nn.Module:
-    """Return a ResNet-20 with random weights and with batch statistics as different as trained ones."""
+    """Return a ResNet-8 with random weights and with batch statistics as different as trained ones."""
     torch.manual_seed(0)
-    net = resnet20()
+    net = ResNet(depth=1)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)

@@ -30,15 +30,18 @@ def test_files_hold_no_paths_and_no_debris(cases):
     for _, _, exported, _ in cases.values():
         model = onnx.load_model_from_string(exported.onnx)
         onnx.checker.check_model(model, full_check=True)
+        for tensor in model.graph.initializer:
+            tensor.ClearField("raw_data")  # random bytes spell any short word
+        described = model.SerializeToString()
         for word in (b"/site-packages", b".py", b"stack_trace", b"namespace", b"pkg.torch", str(Path.cwd()).encode()):
-            assert word not in exported.onnx
+            assert word not in described
         assert not model.metadata_props
         assert not model.graph.value_info
         assert not model.producer_name
 
 
-def test_every_convolution_and_product_of_resnet20_has_its_module(cases):
-    module, _, exported, _ = cases["resnet20"]
+def test_every_convolution_and_product_of_resnet8_has_its_module(cases):
+    module, _, exported, _ = cases["resnet8"]
     model = onnx.load_model_from_string(exported.onnx)
     found = [exported.scopes[node.name] for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
     wanted = [name for name, part in module.named_modules() if isinstance(part, (nn.Conv2d, nn.Linear))]

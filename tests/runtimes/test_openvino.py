@@ -35,10 +35,10 @@ def test_float32_arithmetic_is_pinned(cases, tmp_path):
 
 
 def test_weights_are_stored_in_int8_and_the_graph_without_debris(cases, tmp_path):
-    module = cases["resnet20"][0]
+    module = cases["resnet8"][0]
     torch.manual_seed(1)
     RUNTIME.lower(
-        cases["resnet20"][2], tmp_path, formats=networks.int8(module), calibration=[as_numpy(cases["resnet20"][1]())]
+        cases["resnet8"][2], tmp_path, formats=networks.int8(module), calibration=[as_numpy(cases["resnet8"][1]())]
     )
     weights = sum(parameter.numel() for parameter in module.parameters() if parameter.dim() > 1)
     assert weights < (tmp_path / "model.bin").stat().st_size < 1.1 * weights

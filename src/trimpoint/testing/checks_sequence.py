@@ -1,5 +1,8 @@
 """Checks of how a method goes with all others: by declared stages and facts, never by name."""
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 from trimpoint.errors import PlanError
 from trimpoint.method import Method, Stage
 from trimpoint.plan import Plan, Step
@@ -28,35 +31,34 @@ def check_order_validated(method: Method, _: ZooEntry) -> None:
 
 def check_sequences_run(method: Method, entry: ZooEntry) -> None:
     """Plans that between them hold every allowed ordered pair with another method run, and keep the interface."""
-    for plan in covering_plans(method, _others(method)):
-        model, task = entry.make()
-        compressed = apply_to(plan, model, task)
-        told = {change.method for change in compressed.changes}
-        silent = [step.method.name for step in plan.steps if step.method.name not in told]
-        expect(not silent, f"in the plan {plan}, {silent} record nothing at all.")
-        expect_alike(answers(model, task), answers(compressed.module, task))
+    twice = Plan((Step(method), Step(method)), seed=1)
+    for plan in (*covering_plans([method, *_others(method)]), twice):
+        _run(plan, entry)
 
 
-def covering_plans(method: Method, others: list[Method]) -> list[Plan]:
-    """Return few plans in which `method` stands at least once before and after each method that it may.
+@lru_cache(maxsize=4)
+def _run(plan: Plan, entry: ZooEntry) -> None:
+    model, task = entry.make()
+    compressed = apply_to(plan, model, task)
+    told = {change.method for change in compressed.changes}
+    silent = [step.method.name for step in plan.steps if step.method.name not in told]
+    expect(not silent, f"in the plan {plan}, {silent} record nothing at all.")
+    expect_alike(answers(model, task), answers(compressed.module, task))
 
-    Transforms stand in the order of their stages, so that one plan covers all pairs of different stages; those of the
-    same stage and recovery steps may stand on both sides, which takes a second plan and `method` twice.
+
+def covering_plans(methods: Sequence[Method]) -> tuple[Plan, Plan]:
+    """Return two plans of all methods that between them hold every allowed ordered pair of different ones.
+
+    Transforms stand in the order of their stages. Those of one stage, and recovery steps, may stand in any order: the
+    second plan has them the other way round, and what recovers at its end instead of its beginning. The plans are the
+    same whichever method is asked for, so that one run of them serves all.
     """
-    before = [other for other in others if _allowed(other, method)]
-    after = [other for other in others if _allowed(method, other)]
-    plans = [_by_stage([*before, method], method, last=True), _by_stage([method, *after], method, last=False)]
-    return [Plan(tuple(map(Step, steps)), seed=1) for steps in (*plans, [method, method])]
-
-
-def _by_stage(methods: list[Method], method: Method, *, last: bool) -> list[Method]:
-    """Sort transforms by stage, keeping equals; put recovery steps on the side where `method` stands last or first."""
-    transforms = [each for each in methods if each.traits.stage is not Stage.RECOVER]
-    transforms.sort(key=lambda each: each.traits.stage)
-    recovery = [each for each in methods if each.traits.stage is Stage.RECOVER and each is not method]
-    if method.traits.stage is Stage.RECOVER:
-        return [*transforms, *recovery, method] if last else [method, *recovery, *transforms]
-    return [*recovery, *transforms] if last else [*transforms, *recovery]
+    ordered = sorted(methods, key=lambda method: method.name)
+    recovery = [method for method in ordered if method.traits.stage is Stage.RECOVER]
+    transforms = [method for method in ordered if method.traits.stage is not Stage.RECOVER]
+    there = [*recovery, *sorted(transforms, key=lambda method: method.traits.stage)]
+    back = [*sorted(transforms, key=lambda method: -method.traits.stage)[::-1], *recovery[::-1]]
+    return Plan(tuple(map(Step, there)), seed=1), Plan(tuple(map(Step, back)), seed=1)
 
 
 def _allowed(one: Method, other: Method) -> bool:

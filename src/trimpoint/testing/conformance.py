@@ -10,6 +10,7 @@ with reasons, strict.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from trimpoint.errors import MissingDependencyError, TrimpointError, UnknownNameError, suggest
@@ -134,6 +135,8 @@ def parametrize_with_checks(
 ) -> Callable[..., None]:
     """Return a pytest test that runs every check on every method.
 
+    Each method is a group of its own for pytest-xdist's `--dist loadgroup`: its checks share what it made of a model.
+
     Args:
         methods: instances, classes (run with their defaults), or what `all_methods()` returns.
         known_failures: what is known to fail, and why. Strict: one that passes fails the test.
@@ -155,9 +158,8 @@ def parametrize_with_checks(
         for check in checks:
             for entry in check.entries:
                 reasons = [f.reason for f in known if f.check == check.name and f.entry == entry.name]
-                marks: list[Any] = [
-                    pytest.mark.xfail(raises=ConformanceFailure, reason=reason, strict=True) for reason in reasons
-                ]
+                marks: list[Any] = [pytest.mark.xdist_group(method.name)] if find_spec("xdist") else []
+                marks += [pytest.mark.xfail(raises=ConformanceFailure, reason=why, strict=True) for why in reasons]
                 cases.append(pytest.param(method, check, entry, id=f"{method.name}-{check.name}-{entry}", marks=marks))
 
     @pytest.mark.parametrize(("method", "check", "entry"), cases)

@@ -1,6 +1,7 @@
 """Bounds on a drop of quality that a certificate may rest on, and the number of samples that it takes."""
 
 import math
+from functools import lru_cache
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ _PARTS = 2_000  # in which the samples are put to measure their influence
 _CHUNK = 2_000_000  # weights held at once
 
 
+@lru_cache(maxsize=256)
 def exact_paired_upper(lost: int, gained: int, n: int, level: float = 0.95) -> float:
     """Return the exact one-sided upper bound of the drop between two proportions on the same samples.
 

@@ -259,3 +259,12 @@ def test_what_training_learned_reaches_the_file(tmp_path):
     simulated, plain = (check_parity(each, opened, [inputs]).sqnr_db for each in (module, baked(module)))
     assert simulated > 30
     assert simulated > plain
+
+
+def test_a_kernel_that_does_what_follows_as_well_goes_by_its_product(cases, tmp_path):
+    module, inputs, exported, _ = cases["resnet8"]
+    lowered = RUNTIME.lower(exported, tmp_path)
+    operators = RUNTIME.operators(tmp_path, lowered, as_numpy(inputs(1)), repeats=3)
+    found = sorted(operator.module for operator in operators if operator.kind.endswith(("Conv", "Gemm")))
+    assert found == sorted(n for n, part in module.named_modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
+    assert "Relu" not in {operator.kind for operator in operators}  # each is part of a convolution's kernel

@@ -80,7 +80,7 @@ class OperatorTime:
         name: of the node in the runtime's graph.
         kind: of operator, in the runtime's terms.
         module: path of the module that it came from; empty where unknown.
-        ms: mean time in one call, milliseconds.
+        ms: median time in one call, milliseconds.
     """
 
     name: str

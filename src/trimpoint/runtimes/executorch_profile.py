@@ -7,6 +7,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from trimpoint.errors import ArtifactError
@@ -23,7 +24,7 @@ _WARM_UP = 3
 
 
 def operator_times(session: Any, arrays: Sequence[Any], scopes: Mapping[str, str], repeats: int) -> list[OperatorTime]:
-    """Return the mean time of each operator, slowest first.
+    """Return the median time of each operator, slowest first.
 
     XNNPACK names its operators itself and lists them in the order of the graph: the weighted ones belong to the
     modules in the order in which the delegate was made.
@@ -54,7 +55,7 @@ def operator_times(session: Any, arrays: Sequence[Any], scopes: Mapping[str, str
         index = event._instruction_id
         if event.perf_data is None or index is None or not 0 <= index < len(instructions):
             continue
-        ms = sum(event.perf_data.raw[_WARM_UP:]) / repeats
+        ms = median(event.perf_data.raw[_WARM_UP:])
         if event.name == "OPERATOR_CALL":
             times.append(OperatorTime(name=str(index), kind=_kernel(plan, instructions[index]), module="", ms=ms))
         elif event.delegate_debug_identifier is not None:

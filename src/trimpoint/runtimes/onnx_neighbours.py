@@ -1,4 +1,4 @@
-"""Which operators of an ONNX graph follow their neighbours into int8, and which tensors share their numbers.
+"""Which operators of an ONNX graph go with their neighbours: into int8, into one kernel, or by sharing their numbers.
 
 This module needs `onnx` (the full installation); what opens an artifact does not import it.
 """
@@ -27,6 +27,8 @@ GLUE = (
     "Unsqueeze",
 )
 """Operators that follow their neighbours into int8, so that no conversion stands between two int8 kernels."""
+PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""Operators that take most of the time; kernels do what follows them on the way."""
 _HANDED_ON = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 """Those that give out some of the numbers that they take in."""
 
@@ -69,3 +71,26 @@ def same_numbers(model: ModelProto, name: str) -> Iterator[str]:
     while name in made_by and made_by[name].op_type in _HANDED_ON:
         name = made_by[name].input[0]
         yield name
+
+
+def product_behind(model: ModelProto) -> dict[str, str]:
+    """Return node → product, for nodes that a runtime may compute in the kernel of a product that only they read.
+
+    Where several products feed a node, the last of them: a kernel adds what is there already.
+    """
+    nodes = list(model.graph.node)
+    place = {output: position for position, node in enumerate(nodes) for output in node.output}
+    readers: dict[str, int] = {}
+    for node in nodes:
+        for name in node.input:
+            readers[name] = readers.get(name, 0) + 1
+    found: dict[str, str] = {}
+    for node in nodes:
+        if node.op_type in PRODUCTS:
+            found[node.name] = node.name
+            continue
+        behind = [nodes[place[name]].name for name in node.input if name in place and readers[name] == 1]
+        products = [found[name] for name in behind if name in found]
+        if products:
+            found[node.name] = products[-1]
+    return found

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar
 
 from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
@@ -23,6 +24,8 @@ from trimpoint.signature import Signature
 
 FILE = "model.onnx"
 _WARM_UP = 3
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+"""How the names of kernels end that may do what follows them as well."""
 
 
 class OnnxSession(Session):
@@ -138,7 +141,10 @@ class OnnxRuntime(Runtime):
     def operators(
         self, directory: Path, lowered: Lowered, inputs: Any, *, threads: int = 1, repeats: int = 50
     ) -> list[OperatorTime]:
-        """Return the time of each operator for these inputs, slowest first, from ONNX Runtime's profiler."""
+        """Return the time of each operator for these inputs, slowest first, from ONNX Runtime's profiler.
+
+        A kernel that does what follows a product as well goes by the module of the product.
+        """
         session = self.open(directory, lowered, threads=threads, profile=True)
         arrays = session.flat_inputs(inputs)
         for _ in range(_WARM_UP + repeats):
@@ -154,18 +160,37 @@ class OnnxRuntime(Runtime):
                 name = event["name"].removesuffix("_kernel_time")
                 times[name].append(event["dur"] / 1e3)
                 kinds[name] = event["args"]["op_name"]
+        fused = {**lowered.scopes, **_scopes_of_products(directory / FILE, lowered.scopes)}
         return sorted(
             (
                 OperatorTime(
                     name=name,
                     kind=kinds[name],
-                    module=module_of(name, lowered.scopes),
-                    ms=sum(values[len(values) * _WARM_UP // (_WARM_UP + repeats) :]) / repeats,
+                    module=module_of(name, fused if kinds[name].endswith(_PRODUCTS) else lowered.scopes),
+                    ms=_typical(values, _WARM_UP + repeats),
                 )
                 for name, values in times.items()
             ),
             key=lambda operator: -operator.ms,
         )
+
+
+def _typical(values: Sequence[float], calls: int) -> float:
+    """Return the median over calls of what an operator takes in one; the mean where it runs unequally often."""
+    per_call = len(values) // calls
+    if per_call * calls != len(values):
+        return sum(values) / calls
+    return median(sum(values[i : i + per_call]) for i in range(_WARM_UP * per_call, len(values), per_call))
+
+
+def _scopes_of_products(path: Path, scopes: Mapping[str, str]) -> dict[str, str]:
+    """Return node → module of the product in whose kernel it may be computed."""
+    import onnx
+
+    from trimpoint.runtimes.onnx_neighbours import product_behind
+
+    model = onnx.load(path, load_external_data=False)
+    return {name: scopes[product] for name, product in product_behind(model).items() if product in scopes}
 
 
 def module_of(name: str, scopes: Mapping[str, str]) -> str:

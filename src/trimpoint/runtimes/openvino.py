@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any, ClassVar
 
 from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
@@ -112,19 +113,19 @@ class OpenVino(Runtime):
         """Return the time of each operator for these inputs, slowest first, from OpenVINO's performance counters."""
         session = self.open(directory, lowered, threads=threads, profile=True)
         arrays = session.flat_inputs(inputs)
-        total: dict[tuple[str, str], float] = defaultdict(float)
+        times: dict[tuple[str, str], list[float]] = defaultdict(list)
         for turn in range(_WARM_UP + repeats):
             session.run_flat(arrays)
             if turn < _WARM_UP:
                 continue
             for entry in session.request.get_profiling_info():
                 if entry.real_time.total_seconds() > 0:
-                    total[entry.node_name, entry.node_type] += entry.real_time.total_seconds() * 1e3
-        times = [
-            OperatorTime(name=name, kind=kind, module=_module_of(name, lowered.scopes), ms=ms / repeats)
-            for (name, kind), ms in total.items()
+                    times[entry.node_name, entry.node_type].append(entry.real_time.total_seconds() * 1e3)
+        operators = [
+            OperatorTime(name=name, kind=kind, module=_module_of(name, lowered.scopes), ms=median(values))
+            for (name, kind), values in times.items()
         ]
-        return sorted(times, key=lambda operator: -operator.ms)
+        return sorted(operators, key=lambda operator: -operator.ms)
 
     def _save(self, model: Any, exported: Exported, directory: Path, unmapped: tuple[str, ...]) -> Lowered:
         openvino = _import()

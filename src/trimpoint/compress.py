@@ -1,10 +1,10 @@
 """Make a compressed module: validate a plan, copy the model, apply step by step, recover."""
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from trimpoint.build import Build, type_names
 from trimpoint.context import Progress, _Context
 from trimpoint.errors import DataError, InvalidParameterError, ModelError, PlanError, UnknownNameError, suggest
 from trimpoint.graph import Edit
-from trimpoint.method import ALL_FACTS, Fact, Stage
-from trimpoint.plan import Plan
+from trimpoint.method import ALL_FACTS, Context, Fact, Stage
+from trimpoint.plan import Plan, Step
 from trimpoint.task import ROLES, Task
 from trimpoint.values import Change, Format
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,6 +104,24 @@ def compress(
         facts=build.facts,
         effort=effort if last is not None else 1.0,
     )
+
+
+def examine(model: nn.Module, task: Task | None, step: Step, look: Callable[[Context], Found]) -> Found:
+    """Return what a function finds in a copy of a model, seen as the step of a plan sees it.
+
+    Args:
+        model: trained.
+        task: its data.
+        step: whose scope and requirements decide what is seen.
+        look: given the step's context.
+
+    Raises:
+        UnknownNameError: if the step's `where` matches no module.
+        DataError: if the task lacks what the step's method needs.
+        ModelError: if a parameter is not finite.
+    """
+    _check(model, Plan((step,)), task, 1.0, None)
+    return look(_Context(_begin(model, task, None, None), step, 0, 0))
 
 
 def _begin(

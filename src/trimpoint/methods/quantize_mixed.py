@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-import numpy as np
-
 from trimpoint.errors import InvalidParameterError
 from trimpoint.graph import OnGrid
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
+from trimpoint.quantization.allocation import cheapest
 from trimpoint.quantization.sensitivity import divergence, weight_as
 from trimpoint.quantization.weights import Choice, choices, why_no_grid
 from trimpoint.values import Format
@@ -118,26 +117,16 @@ def allocated(costs: Mapping[tuple[str, int], float], sizes: Mapping[str, int], 
     Args:
         costs: (layer, bits) → what it costs.
         sizes: layer → number of weights.
-        mean_bits: limit; not below the least number of bits.
+        mean_bits: limit.
 
-    References:
-        https://docs.scipy.org/doc/scipy/reference/generated/scipy.optimize.milp.html
+    Raises:
+        InvalidParameterError: if it is below the least number of bits.
     """
-    from scipy.optimize import Bounds as Limits
-    from scipy.optimize import LinearConstraint, milp
-
-    keys = list(costs)
     total = sum(sizes.values())
-    weight = np.array([bits * sizes[path] / total for path, bits in keys])
-    one_each = np.array([[path == layer for path, _ in keys] for layer in sizes], dtype=float)
-    # Of equal costs the fewest bits: a millionth of the whole cost for all of them.
-    cost = np.array([costs[key] for key in keys])
-    cost = cost / max(float(cost.max()), 1e-30) + 1e-9 * weight
-    result = milp(
-        cost,
-        integrality=np.ones(len(keys)),
-        options={"mip_rel_gap": 0.0},
-        bounds=Limits(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weight[None], -np.inf, mean_bits + 1e-9)],
-    )
-    return {path: bits for (path, bits), taken in zip(keys, result.x, strict=True) if taken > 0.5}
+    weights = {(path, bits): bits * sizes[path] / total for path, bits in costs}
+    found = cheapest(costs, weights, mean_bits)
+    if found is None:
+        raise InvalidParameterError(
+            f"The 'mean_bits' parameter of QuantizeMixed is below the fewest bits of all layers. Got {mean_bits:g}."
+        )
+    return found

@@ -145,6 +145,10 @@ class Workbench:
 
     # Shapes, before anything is trained
 
+    def use_unmodified(self) -> None:
+        """Compare shapes with the unmodified model, which need not be measured for that."""
+        self._baseline = self._lowered(compress(self.model, Plan(), self.task)), None
+
     def shape(self, plan: Plan) -> dict[str, float]:
         """Return the `latency_ms` and `file_bytes` of a plan without recovery, over the baseline's."""
         files = self._lowered(self.stage(plan, 1.0))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.checkpoints import lenet_mnist, lstm_fsdd, mobilenet_cifar10, resnet20_cifar10
+from benchmarks.checkpoints import lenet5_mnist, lenet_mnist, lstm_fsdd, mobilenet_cifar10, resnet20_cifar10
 from benchmarks.datasets import Roles, crop_and_flip
 from benchmarks.training import Recipe, accuracy, finish, restore, share, train
 from safetensors.torch import load_file
@@ -127,7 +127,7 @@ def test_images_are_enlarged_for_mobilenet() -> None:
     assert torch.equal(images[1], torch.ones(3, 96, 96))
 
 
-@pytest.mark.parametrize("module", [lenet_mnist, resnet20_cifar10, mobilenet_cifar10])
+@pytest.mark.parametrize("module", [lenet_mnist, lenet5_mnist, resnet20_cifar10, mobilenet_cifar10])
 def test_a_committed_checkpoint_loads_and_tells_its_accuracy(module: object) -> None:
     weights: Path = module.WEIGHTS  # type: ignore[attr-defined]
     if not weights.exists():

@@ -2,7 +2,7 @@
 
 The weights of a network are most of its file and no text: general compressors find little in them. Here they are taken
 out of the file that holds them, coded as what they are (zeros, clustered values, integers on a grid, floats), and put
-back where they were. Nothing here imports torch; entropy coding needs the package `constriction`.
+back where they were. Nothing here imports torch, and reading needs NumPy alone.
 """
 
 from trimpoint.coding.container import Contents as Contents

@@ -15,6 +15,8 @@ from trimpoint.signature import Signature
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 _WARM_UP = 3
+_OPTIONS = "runtime_options"
+"""Where a file says how it is to be compiled; see `openvino.properties`."""
 
 
 class OpenVinoSession(Session):
@@ -39,10 +41,14 @@ class OpenVino(Runtime):
     """OpenVINO with its CPU plug-in, float32 arithmetic pinned where the model is float32.
 
     Static int8 is NNCF's post-training quantisation, restricted to the modules that have formats; where they are
-    dynamic, weights are stored in 8 bits, and it is up to the plug-in whether activations are rounded.
+    dynamic, weights are stored in 8 bits, and it is up to the plug-in whether activations are rounded. Matrices on
+    grids in groups are stored as their integers, of 2, 4 or 8 bits, scales and zero points, and stay so in memory: the
+    plug-in brings them back to float32 as it multiplies. Where processors have 8-bit dot products it also rounds the
+    inputs of such a product, in each call and in groups of 32, unless a format asks for float32 inputs.
 
     References:
-        https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
+        https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html;
+        https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/weight-compression.html
     """
 
     name: ClassVar[str] = "openvino"
@@ -62,19 +68,10 @@ class OpenVino(Runtime):
         calibration: Sequence[Any] = (),
     ) -> Lowered:
         """Write `model.xml` and `model.bin`, float32 or with the formats realised in int8 (see `Runtime.lower`)."""
-        model = _read(exported)
-        unmapped: tuple[str, ...] = ()
         if formats:
-            from trimpoint.runtimes import nncf_quantize
-
-            _needs_nncf()
-            each_call = {path: tensors for path, tensors in formats.items() if is_dynamic(tensors)}
-            before = {path: tensors for path, tensors in formats.items() if path not in each_call}
-            if before:
-                model, unmapped = nncf_quantize.quantize(model, exported, before, calibration)
-            if each_call:
-                model, more = nncf_quantize.compress_weights(model, exported, each_call)
-                unmapped += more
+            model, unmapped = _quantized(exported, formats, calibration)
+        else:
+            model, unmapped = _read(exported.onnx), ()
         return self._save(model, exported, directory, unmapped)
 
     def lower_one_line_int8(self, exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:
@@ -82,7 +79,7 @@ class OpenVino(Runtime):
         from trimpoint.runtimes import nncf_quantize
 
         _needs_nncf()
-        model = nncf_quantize.quantize_default(_read(exported), exported.signature, calibration)
+        model = nncf_quantize.quantize_default(_read(exported.onnx), exported.signature, calibration)
         return self._save(model, exported, directory, ())
 
     def open(self, directory: Path, lowered: Lowered, *, threads: int = 1, profile: bool = False) -> OpenVinoSession:
@@ -157,8 +154,35 @@ def _needs_nncf() -> None:
         raise MissingDependencyError("NNCF, OpenVINO's quantiser, is not installed.", f"`{OpenVino.install}`")
 
 
-def _read(exported: Exported) -> Any:
-    """Return the OpenVINO model of an export, with its constants folded.
+def _quantized(exported: Exported, formats: Formats, calibration: Sequence[Any]) -> tuple[Any, tuple[str, ...]]:
+    """Return the model with its formats realised, and what could not be."""
+    from trimpoint.runtimes import nncf_quantize, onnx_graph, onnx_weights
+
+    grouped, others = onnx_weights.split(exported, formats)
+    graph = onnx_graph.parse(exported.onnx)
+    unmapped = onnx_weights.compress(graph, exported, grouped, plain=True)
+    model = _read(onnx_graph.serialize(graph))
+    each_call = {path: tensors for path, tensors in others.items() if is_dynamic(tensors)}
+    before = {path: tensors for path, tensors in others.items() if path not in each_call}
+    if others:
+        _needs_nncf()
+    if before:
+        model, missing = nncf_quantize.quantize(model, exported, before, calibration)
+        unmapped += missing
+    if each_call:
+        model, missing = nncf_quantize.compress_weights(model, exported, each_call)
+        unmapped += missing
+    exact = [path for path, tensors in grouped.items() if "input" not in tensors]
+    if exact:
+        # By default, CPUs with 8-bit dot products round the inputs of products with compressed weights in each call.
+        model.set_rt_info(0, [_OPTIONS, "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        rounded = sorted(path for path in (*grouped, *each_call) if "input" in formats[path])
+        unmapped += tuple(f"{path}: its inputs stay in float32, as those of {exact[0]} do" for path in rounded)
+    return model, unmapped
+
+
+def _read(onnx: bytes) -> Any:
+    """Return the OpenVINO model of an ONNX graph, with its constants folded.
 
     `openvino.convert_model` does the same, and reports its use to the vendor; this does not.
     """
@@ -167,7 +191,7 @@ def _read(exported: Exported) -> Any:
 
     try:
         with quiet():
-            model = openvino.Core().read_model(exported.onnx)
+            model = openvino.Core().read_model(onnx)
             apply_moc_transformations(model, False)
     except RuntimeError as error:
         raise LoweringError(f"OpenVINO cannot read the exported model: {error}") from error
@@ -181,8 +205,11 @@ def _strip(path: Path, scopes: Mapping[str, str]) -> None:
     """
     tree = ElementTree.parse(path)
     root = tree.getroot()
-    for child in root.findall("rt_info"):
-        root.remove(child)
+    for about in root.findall("rt_info"):
+        for child in [child for child in about if child.tag != _OPTIONS]:
+            about.remove(child)
+        if len(about) == 0:
+            root.remove(about)
     for layer in root.iter():
         for info in layer.findall("rt_info"):
             for attribute in info.findall("attribute"):

@@ -1,5 +1,7 @@
 """Realise int8 formats on an ONNX graph: our ranges, ONNX Runtime's own placement of quantisers.
 
+The graph in quantise/dequantise form is what ONNX Runtime and OpenVINO run alike.
+
 This module needs `onnx` (the full installation); what opens an artifact does not import it.
 """
 
@@ -126,13 +128,16 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection
     return result
 
 
-def quantize(model: ModelProto, selection: Selection, feeds: Iterator[dict[str, np.ndarray]]) -> ModelProto:
+def quantize(
+    model: ModelProto, selection: Selection, feeds: Iterator[dict[str, np.ndarray]], *, biases: bool = True
+) -> ModelProto:
     """Return the quantised graph, in quantise/dequantise form; ranges of activations are taken from the feeds.
 
     Args:
         model: preprocessed.
         selection: what to quantise.
         feeds: input name → array, batch after batch; read one at a time.
+        biases: round them too, to 32 bits at the scale of the sums that they are added to.
 
     Raises:
         DataError: if there are no feeds, or they lead to values that are not finite.
@@ -157,7 +162,11 @@ def quantize(model: ModelProto, selection: Selection, feeds: Iterator[dict[str, 
                 selection.nodes,
                 [],
                 [*WEIGHTED, *GLUE],
-                {"ActivationSymmetric": selection.symmetric, "TensorQuantOverrides": selection.overrides},
+                {
+                    "ActivationSymmetric": selection.symmetric,
+                    "QuantizeBias": biases,
+                    "TensorQuantOverrides": selection.overrides,
+                },
             )
             quantizer.quantize_model()
         except Exception as error:
@@ -243,15 +252,15 @@ def _keep_products(model: ModelProto, chosen: set[str]) -> None:
 
 
 def _refusal(tensors: Mapping[str, Format], embedding: bool, on_grid: bool) -> str:
-    """Return why ONNX Runtime cannot realise these formats, or nothing."""
+    """Return why static int8 cannot realise these formats, or nothing."""
     for tensor, wanted in tensors.items():
         if wanted.dtype not in ("int8", "uint8") and not (on_grid and tensor == "weight" and wanted.bits < 8):
-            return f"static quantisation of ONNX Runtime has no {wanted.dtype} for its {tensor}"
+            return f"static int8 has no {wanted.dtype} for its {tensor}"
         if wanted.granularity == "group" or (tensor != "weight" and wanted.granularity != "tensor"):
-            return f"static quantisation of ONNX Runtime has no scale per {wanted.granularity} for its {tensor}"
+            return f"static int8 has no scale per {wanted.granularity} for its {tensor}"
     if embedding and "weight" in tensors:
         per_tensor = tensors["weight"].granularity == "tensor"
-        return "" if per_tensor else "ONNX Runtime quantises an embedding with one scale per tensor only"
+        return "" if per_tensor else "static int8 has one scale per tensor for an embedding"
     missing = [tensor for tensor in ("weight", "input") if tensor not in tensors]
     return f"static quantisation needs a format for its {missing[0]} too" if missing else ""
 
@@ -265,7 +274,7 @@ def _missing(
     if not own:
         return "no operator in the exported graph comes from it"
     kinds = sorted({node.op_type for node in own if any(name in weights for name in node.input[1:4])} - set(GLUE))
-    return f"static quantisation of ONNX Runtime has no int8 kernel for {', '.join(kinds) or own[0].op_type}"
+    return f"static int8 has no int8 kernel for {', '.join(kinds) or own[0].op_type}"
 
 
 def _weight(node: NodeProto, weights: set[str]) -> str:

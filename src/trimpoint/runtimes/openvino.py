@@ -10,7 +10,16 @@ from typing import Any, ClassVar
 
 from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
 from trimpoint.quiet import quiet
-from trimpoint.runtimes.base import Exported, Formats, Lowered, OperatorTime, Runtime, Session, is_dynamic
+from trimpoint.runtimes.base import (
+    Exported,
+    Formats,
+    Lowered,
+    OperatorTime,
+    Runtime,
+    Session,
+    calibration_feeds,
+    is_dynamic,
+)
 from trimpoint.signature import Signature
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
@@ -40,14 +49,14 @@ class OpenVinoSession(Session):
 class OpenVino(Runtime):
     """OpenVINO with its CPU plug-in, float32 arithmetic pinned where the model is float32.
 
-    Static int8 is NNCF's post-training quantisation, restricted to the modules that have formats; where they are
-    dynamic, weights are stored in 8 bits, and it is up to the plug-in whether activations are rounded. Matrices on
-    grids in groups are stored as their integers, of 2, 4 or 8 bits, scales and zero points, and stay so in memory: the
-    plug-in brings them back to float32 as it multiplies. Where processors have 8-bit dot products it also rounds the
-    inputs of such a product, in each call and in groups of 32, unless a format asks for float32 inputs.
+    Static int8 is the quantised graph that ONNX Runtime gets too, with biases in float32; the plug-in fuses it. Where
+    formats are dynamic, NNCF stores weights in 8 bits, and it is up to the plug-in whether activations are rounded.
+    Matrices on grids in groups are stored as their integers, of 2, 4 or 8 bits, scales and zero points, and stay so in
+    memory: the plug-in brings them back to float32 as it multiplies. Where processors have 8-bit dot products it also
+    rounds the inputs of such a product, in each call and in groups of 32, unless a format asks for float32 inputs.
 
     References:
-        https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html;
+        OpenVINO, "Low precision transformations", for the form of quantised graphs that the plug-in takes;
         https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/weight-compression.html
     """
 
@@ -68,11 +77,10 @@ class OpenVino(Runtime):
         calibration: Sequence[Any] = (),
     ) -> Lowered:
         """Write `model.xml` and `model.bin`, float32 or with the formats realised in int8 (see `Runtime.lower`)."""
-        if formats:
-            model, unmapped = _quantized(exported, formats, calibration)
-        else:
-            model, unmapped = _read(exported.onnx), ()
-        return self._save(model, exported, directory, unmapped)
+        if not formats:
+            return self._save(_read(exported.onnx), exported, directory)
+        model, unmapped, notes = _quantized(exported, formats, calibration)
+        return self._save(model, exported, directory, unmapped, notes)
 
     def lower_one_line_int8(self, exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:
         """Quantise with `nncf.quantize(model, dataset)` and nothing else."""
@@ -80,7 +88,7 @@ class OpenVino(Runtime):
 
         _needs_nncf()
         model = nncf_quantize.quantize_default(_read(exported.onnx), exported.signature, calibration)
-        return self._save(model, exported, directory, ())
+        return self._save(model, exported, directory)
 
     def open(self, directory: Path, lowered: Lowered, *, threads: int = 1, profile: bool = False) -> OpenVinoSession:
         """Compile the model with a fixed number of threads, for latency, without bfloat16.
@@ -123,7 +131,14 @@ class OpenVino(Runtime):
         ]
         return sorted(times, key=lambda operator: -operator.ms)
 
-    def _save(self, model: Any, exported: Exported, directory: Path, unmapped: tuple[str, ...]) -> Lowered:
+    def _save(
+        self,
+        model: Any,
+        exported: Exported,
+        directory: Path,
+        unmapped: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> Lowered:
         openvino = _import()
         path = directory / GRAPH
         try:
@@ -131,12 +146,13 @@ class OpenVino(Runtime):
                 openvino.save_model(model, str(path), compress_to_fp16=False)
         except RuntimeError as error:
             raise LoweringError(f"OpenVINO cannot write the model: {error}") from error
-        _strip(path, exported.scopes)
+        _strip(path, exported.signature, exported.scopes)
         return Lowered(
             runtime=self.name,
             files={"main": (GRAPH, WEIGHTS)},
             signature=exported.signature,
             unmapped=unmapped,
+            notes=notes,
             scopes=exported.scopes,
         )
 
@@ -154,22 +170,34 @@ def _needs_nncf() -> None:
         raise MissingDependencyError("NNCF, OpenVINO's quantiser, is not installed.", f"`{OpenVino.install}`")
 
 
-def _quantized(exported: Exported, formats: Formats, calibration: Sequence[Any]) -> tuple[Any, tuple[str, ...]]:
-    """Return the model with its formats realised, and what could not be."""
-    from trimpoint.runtimes import nncf_quantize, onnx_graph, onnx_weights
+def _quantized(
+    exported: Exported, formats: Formats, calibration: Sequence[Any]
+) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """Return the model with its formats realised, what could not be, and what to beware of elsewhere.
+
+    Static formats come first.
+    """
+    from trimpoint.runtimes import nncf_quantize, onnx_graph, onnx_quantize, onnx_weights, saturation
 
     grouped, others = onnx_weights.split(exported, formats)
-    graph = onnx_graph.parse(exported.onnx)
-    unmapped = onnx_weights.compress(graph, exported, grouped, plain=True)
-    model = _read(onnx_graph.serialize(graph))
     each_call = {path: tensors for path, tensors in others.items() if is_dynamic(tensors)}
     before = {path: tensors for path, tensors in others.items() if path not in each_call}
-    if others:
-        _needs_nncf()
+    graph = onnx_graph.parse(exported.onnx)
+    unmapped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     if before:
-        model, missing = nncf_quantize.quantize(model, exported, before, calibration)
-        unmapped += missing
+        prepared = onnx_quantize.preprocess(graph)
+        static = onnx_quantize.select(prepared, exported, before)
+        unmapped = tuple(static.unmapped)
+        if static.nodes:
+            feeds = calibration_feeds(exported.signature, calibration)
+            graph = onnx_quantize.quantize(prepared, static, feeds, biases=False)
+            found = saturation.saturations(graph, calibration_feeds(exported.signature, calibration))
+            notes = tuple(saturation.note(each, _module_of(each.node, exported.scopes)) for each in found)
+    unmapped += onnx_weights.compress(graph, exported, grouped, plain=True)
+    model = _read(onnx_graph.serialize(graph))
     if each_call:
+        _needs_nncf()
         model, missing = nncf_quantize.compress_weights(model, exported, each_call)
         unmapped += missing
     exact = [path for path, tensors in grouped.items() if "input" not in tensors]
@@ -178,7 +206,7 @@ def _quantized(exported: Exported, formats: Formats, calibration: Sequence[Any])
         model.set_rt_info(0, [_OPTIONS, "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
         rounded = sorted(path for path in (*grouped, *each_call) if "input" in formats[path])
         unmapped += tuple(f"{path}: its inputs stay in float32, as those of {exact[0]} do" for path in rounded)
-    return model, unmapped
+    return model, unmapped, notes
 
 
 def _read(onnx: bytes) -> Any:
@@ -198,8 +226,8 @@ def _read(onnx: bytes) -> Any:
     return model
 
 
-def _strip(path: Path, scopes: Mapping[str, str]) -> None:
-    """Remove from the graph what the plug-in does not read: histories of fusing, parameters of tools, white space.
+def _strip(path: Path, signature: Signature, scopes: Mapping[str, str]) -> None:
+    """Remove from the graph what the plug-in does not read: histories, names of tensors, constants stored twice.
 
     Operators that OpenVINO has named itself, by counters that differ from run to run, are named after their position.
     """
@@ -217,6 +245,11 @@ def _strip(path: Path, scopes: Mapping[str, str]) -> None:
                     info.remove(attribute)
             if len(info) == 0:
                 layer.remove(info)
+    known = {spec.name for spec in (*signature.inputs, *signature.outputs)}
+    for port in root.iter("port"):
+        if known.isdisjoint(port.get("names", "").split(",")):
+            port.attrib.pop("names", None)
+    _share_constants(root)
     for layer in root.iter("layer"):
         if layer.get("type") not in ("Parameter", "Result") and not _module_of(layer.get("name", ""), scopes):
             layer.set("name", f"_{layer.get('id')}")
@@ -226,6 +259,28 @@ def _strip(path: Path, scopes: Mapping[str, str]) -> None:
             element.text = None
     root.set("name", "g")
     tree.write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _share_constants(root: ElementTree.Element) -> None:
+    """Leave one layer of all that hold the same bytes as the same shape and type."""
+    layers = root.find("layers")
+    if layers is None:
+        return
+    first: dict[str, str] = {}
+    other: dict[str, str] = {}
+    for layer in layers.findall("layer[@type='Const']"):
+        port = layer.find("output/port")
+        if port is None or "names" in port.attrib or layer.find("rt_info") is not None:
+            continue
+        content = "".join(ElementTree.tostring(part, "unicode") for part in layer)
+        if content in first:
+            other[layer.get("id", "")] = first[content]
+            layers.remove(layer)
+        else:
+            first[content] = layer.get("id", "")
+    for edge in root.iter("edge"):
+        source = edge.get("from-layer", "")
+        edge.set("from-layer", other.get(source, source))
 
 
 def _module_of(name: str, scopes: Mapping[str, str]) -> str:

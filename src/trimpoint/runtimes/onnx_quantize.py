@@ -172,7 +172,9 @@ def quantize(
         except Exception as error:
             raise LoweringError(f"ONNX Runtime cannot quantise the model: {type(error).__name__}: {error}") from error
     result = quantizer.model.model
-    _keep_products(result, set(selection.nodes))
+    remaining = {node.name for node in result.graph.node}
+    absorbed = {name for node in model.graph.node if node.name not in remaining for name in node.output}
+    _keep_products(result, set(selection.nodes), absorbed)
     return result
 
 
@@ -226,10 +228,16 @@ def same_answers(first: bytes, second: bytes, feeds: Mapping[str, np.ndarray]) -
     return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*results, strict=True))
 
 
-def _keep_products(model: ModelProto, chosen: set[str]) -> None:
+def _keep_products(model: ModelProto, chosen: set[str], absorbed: set[str]) -> None:
     """Take out, in place, the rounding of a matrix product whose result only float32 operators read.
 
-    The kernel then writes float32 from its 32-bit sums: nothing is rounded, and one conversion less is run.
+    The kernel then writes float32 from its 32-bit sums: nothing is rounded, and one conversion less is run. Where
+    rounding stands for a ReLU as well, since its range begins at zero, it stays.
+
+    Args:
+        model: quantised.
+        chosen: names of the quantised nodes.
+        absorbed: tensors that nodes made which the quantiser has taken out.
     """
     made_by = {name: node for node in model.graph.node for name in node.output}
     read_by: dict[str, list[NodeProto]] = {}
@@ -241,6 +249,8 @@ def _keep_products(model: ModelProto, chosen: set[str]) -> None:
         product = made_by.get(rounding.input[0])
         readers = read_by.get(rounding.output[0], [])
         if product is None or product.op_type not in ("MatMul", "Gemm") or len(read_by[rounding.input[0]]) != 1:
+            continue
+        if rounding.input[0] in absorbed:
             continue
         last = [reader for back in readers for reader in read_by.get(back.output[0], [])]
         if len(readers) == 1 and not any(reader.name in chosen for reader in last):

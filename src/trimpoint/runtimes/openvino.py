@@ -177,9 +177,10 @@ def _quantized(
 
     Static formats come first.
     """
-    from trimpoint.runtimes import nncf_quantize, onnx_graph, onnx_quantize, onnx_weights, saturation
+    from trimpoint.runtimes import nncf_quantize, onnx_graph, onnx_halves, onnx_quantize, onnx_weights, saturation
 
-    grouped, others = onnx_weights.split(exported, formats)
+    halves, others = onnx_halves.split(formats)
+    grouped, others = onnx_weights.split(exported, others)
     each_call = {path: tensors for path, tensors in others.items() if is_dynamic(tensors)}
     before = {path: tensors for path, tensors in others.items() if path not in each_call}
     graph = onnx_graph.parse(exported.onnx)
@@ -195,11 +196,14 @@ def _quantized(
             found = saturation.saturations(graph, calibration_feeds(exported.signature, calibration))
             notes = tuple(saturation.note(each, _module_of(each.node, exported.scopes)) for each in found)
     unmapped += onnx_weights.compress(graph, exported, grouped, plain=True)
+    unmapped += onnx_halves.store(graph, halves, lambda node: _module_of(node.name, exported.scopes))
     model = _read(onnx_graph.serialize(graph))
     if each_call:
         _needs_nncf()
         model, missing = nncf_quantize.compress_weights(model, exported, each_call)
         unmapped += missing
+    for kind in {tensors["weight"].dtype for tensors in halves.values()}:
+        _halve(model, kind)
     exact = [path for path, tensors in grouped.items() if "input" not in tensors]
     if exact:
         # By default, CPUs with 8-bit dot products round the inputs of products with compressed weights in each call.
@@ -207,6 +211,25 @@ def _quantized(
         rounded = sorted(path for path in (*grouped, *each_call) if "input" in formats[path])
         unmapped += tuple(f"{path}: its inputs stay in float32, as those of {exact[0]} do" for path in rounded)
     return model, unmapped, notes
+
+
+def _halve(model: Any, kind: str) -> None:
+    """Store in 16 bits, in place, the weights that consist of such numbers: reading has cast them to float32.
+
+    The plug-in does so again when it compiles the model.
+    """
+    from openvino import Type, opset13
+
+    from trimpoint.quantization.halves import rounded
+
+    types = {"float16": Type.f16, "bfloat16": Type.bf16}
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type() != Type.f32 or len(op.get_output_shape(0)) < 2:
+            continue
+        if op.data.size > 1 and (rounded(op.data, kind) == op.data).all():
+            whole = opset13.convert(opset13.constant(op.data, types[kind]), "f32")
+            for reader in op.output(0).get_target_inputs():
+                reader.replace_source_output(whole.output(0))
 
 
 def _read(onnx: bytes) -> Any:

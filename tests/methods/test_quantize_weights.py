@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from onnx import numpy_helper
@@ -15,8 +16,9 @@ from trimpoint.errors import ArtifactError, DataError, InvalidParameterError
 from trimpoint.graph import grids_of
 from trimpoint.graph.rebuild import rebuild, save_structure
 from trimpoint.methods.finetune import Finetune
+from trimpoint.methods.quantize_dynamic import QuantizeDynamic
 from trimpoint.methods.quantize_weights import QuantizeWeights
-from trimpoint.plan import Plan
+from trimpoint.plan import Plan, Step
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.export import export
 from trimpoint.task import Task, cross_entropy
@@ -97,14 +99,83 @@ def test_the_file_holds_the_integers_that_were_chosen(model, task, tmp_path, rou
     assert np.abs(outputs - want).max() < 0.03 * np.abs(want).max()
 
 
+def steps_of(product):
+    """Return codes − zero points of a product of OpenVINO, whose weight is Reshape((codes − zero) · scale)."""
+    source = lambda op, place: op.input_value(place).get_node()  # noqa: E731
+    difference = source(source(source(product, 1), 0), 0)
+    values = []
+    for place in (0, 1):
+        stored = source(source(difference, place), 0)
+        bits = int(stored.get_element_type().get_type_name()[1:])
+        parts = [(stored.data.reshape(-1) >> (at * bits)) & (2**bits - 1) for at in range(8 // bits)]
+        count = int(np.prod(stored.get_output_shape(0)))
+        values.append(np.stack(parts, -1).reshape(-1)[:count].reshape(stored.get_output_shape(0)).astype(int))
+    return (values[0] - values[1]).reshape(len(values[0]), -1)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "bits", "group", "symmetric", "container"),
+    [
+        ("gptq", 4, 32, False, "u4"),
+        ("nearest", 3, 0, True, "u4"),
+        ("awq", 2, 16, False, "u2"),
+        ("hqq", 8, 64, True, "u8"),
+        ("nearest", 2, 32, True, "u2"),
+    ],
+)
+def test_openvino_holds_and_keeps_the_integers(model, task, tmp_path, rounding, bits, group, symmetric, container):
+    compressed = made(model, task, bits=bits, group=group, rounding=rounding, symmetric=symmetric)
+    grids = grids_of(compressed.module)
+    files, outputs = lowered(compressed, task, tmp_path, "openvino")
+    assert files.unmapped == ()
+    read = openvino.Core().read_model(str(tmp_path / "model.xml"))
+    products = [op for op in read.get_ordered_ops() if op.get_type_name() == "MatMul"]
+    assert len(products) == 2
+    for product, (name, inputs) in zip(products, (("up", 72), ("down", 40)), strict=True):
+        grid = grids[name]
+        chosen = grid.codes.astype(int) - np.repeat(grid.zero.astype(int), grid.group, 1)[:, :inputs]
+        assert np.array_equal(steps_of(product)[:, :inputs], chosen)
+    with torch.no_grad():
+        want = compressed.module(task.example_batch(4)).numpy()
+    assert np.abs(outputs - want).max() < 0.03 * np.abs(want).max()
+    compiled = openvino.Core().compile_model(str(tmp_path / "model.xml"), "CPU").get_runtime_model()
+    about = [op.get_rt_info() for op in compiled.get_ordered_ops()]
+    products = [i["runtimePrecision"].value for i in about if i["layerType"].value == "FullyConnected"]
+    assert products == [container] * 2
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_without_int8_the_file_computes_what_the_module_does(model, task, tmp_path, bits):
+def test_without_int8_the_file_computes_what_the_module_does(model, task, tmp_path, bits, runtime):
     compressed = made(model, task, bits=bits, rounding="awq", activations="float32")
-    files, outputs = lowered(compressed, task, tmp_path)
+    files, outputs = lowered(compressed, task, tmp_path, runtime)
     with torch.no_grad():
         want = compressed.module(task.example_batch(4)).numpy()
     assert np.abs(outputs - want).max() < 1e-5 * np.abs(want).max()
     assert files.unmapped == ()
+
+
+def test_openvino_rounds_inputs_only_where_that_is_allowed(model, task, tmp_path):
+    plan = Plan((Step(QuantizeWeights(activations="float32"), where="up"), Step(QuantizeDynamic(), where="down")))
+    for chosen, size, words in ((plan, 0, ["down: its inputs"]), (Plan().then(QuantizeWeights()), 32, [])):
+        directory = tmp_path / str(size)
+        directory.mkdir()
+        files, _ = lowered(compress(model, chosen, task), task, directory, "openvino")
+        session = get_runtime("openvino").open(directory, files)
+        assert session.request.get_compiled_model().get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == size
+        assert [text for text in files.unmapped if "its inputs" in text] == [
+            "down: its inputs stay in float32, as those of up do" for _ in words
+        ]
+
+
+def test_the_file_shrinks_in_openvino(task, tmp_path):
+    wide = nn.Sequential(nn.Linear(72, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
+    floats = sum(parameter.numel() * 4 for parameter in wide.parameters())
+    for bits, share in ((8, 0.32), (4, 0.19), (2, 0.13)):
+        directory = tmp_path / str(bits)
+        directory.mkdir()
+        lowered(made(wide, task, bits=bits, rounding="nearest"), task, directory, "openvino")
+        assert (directory / "model.bin").stat().st_size < share * floats
 
 
 def test_factors_go_into_the_normalisation(model, task, tmp_path):

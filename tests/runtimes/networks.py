@@ -76,6 +76,26 @@ class Branch(nn.Module):
         return x
 
 
+class Mixed(nn.Module):
+    """Convolutions with batch norms (one with a negative factor), grouped and transposed, and a product over tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=4)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        self.tokens = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 5)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.tensor([-2.0, 0.5, 1.0, -0.1, 3.0, 1.0, 0.7, -1.0]))
+            self.norm.running_mean.uniform_(-1, 1)
+            self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        x = self.up(self.grouped(self.norm(self.conv(x)).relu()))
+        return self.head(self.tokens(x.flatten(2).transpose(1, 2)).mean(1))
+
+
 def convolutional() -> nn.Module:
     """Return a small convolutional network, trained for a moment so that its answers differ between inputs."""
     torch.manual_seed(0)

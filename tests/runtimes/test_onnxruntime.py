@@ -112,30 +112,10 @@ def test_symmetric_activations_have_their_zero_in_the_middle(cases, tmp_path):
     assert check_parity(module, RUNTIME.open(tmp_path, lowered), [inputs(64)]).agreement > 0.95
 
 
-class Mixed(nn.Module):
-    """Convolutions with batch norms (one with a negative factor), grouped and transposed, and a product over tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
-        self.grouped = nn.Conv2d(8, 8, 3, groups=4)
-        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2)
-        self.tokens = nn.Linear(4, 6)
-        self.head = nn.Linear(6, 5)
-        with torch.no_grad():
-            self.norm.weight.copy_(torch.tensor([-2.0, 0.5, 1.0, -0.1, 3.0, 1.0, 0.7, -1.0]))
-            self.norm.running_mean.uniform_(-1, 1)
-            self.norm.running_var.uniform_(0.5, 2)
-
-    def forward(self, x):
-        x = self.up(self.grouped(self.norm(self.conv(x)).relu()))
-        return self.head(self.tokens(x.flatten(2).transpose(1, 2)).mean(1))
-
-
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_the_file_holds_the_integers_that_were_chosen(bits, tmp_path):
     torch.manual_seed(0)
-    module = Mixed().eval()
+    module = networks.Mixed().eval()
     layers = ("conv", "grouped", "up", "tokens", "head")
     for name in layers:
         weight, axis = module.get_submodule(name).weight.detach(), 1 if name == "up" else 0
@@ -237,7 +217,7 @@ def test_two_formats_for_one_tensor_are_told(tmp_path):
 def test_what_training_learned_reaches_the_file(tmp_path):
     """Ranges and steps learned with batch norms between: the file answers as the simulation does."""
     torch.manual_seed(0)
-    model = Mixed().eval()
+    model = networks.Mixed().eval()
     inputs = torch.randn(64, 3, 8, 8)
     data = TensorDataset(inputs, torch.arange(64) % 5)
     task = Task.classification(data, data).with_(calibrate=data)

@@ -13,6 +13,7 @@ from tests.runtimes import networks
 from trimpoint.data import as_numpy
 from trimpoint.errors import ArtifactError, DataError, UnknownNameError
 from trimpoint.runtimes import get_runtime, runtime_names
+from trimpoint.runtimes.export import export
 from trimpoint.runtimes.verify import check_parity, parity_batches, require_parity
 from trimpoint.values import to_data
 
@@ -79,6 +80,18 @@ def test_modules_without_formats_stay_in_float32(runtime, cases, lowering, tmp_p
     assert differences[0] < 1e-5 < min(differences[1:])
     # The convolutions have 1,224 weights, and small files much beside them.
     assert stored[2] < stored[1] - 1224
+
+
+def test_an_activation_between_an_int8_and_a_float_layer_stays(runtime, tmp_path):
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8)).eval()
+    x = torch.randn(32, 16)
+    formats = {"0": {"weight": networks.WEIGHT, "input": networks.INPUT}}
+    exported = export(module, x, {"input": networks.BATCH}, sources=("onnx", "program"))
+    lowered = runtime.lower(exported, tmp_path, formats=formats, calibration=[as_numpy(x)])
+    parity = check_parity(module, runtime.open(tmp_path, lowered), [x])
+    assert lowered.unmapped == ()
+    assert 25 < parity.sqnr_db < 80
 
 
 def test_formats_that_cannot_be_realised_are_listed(runtime, cases, tmp_path):

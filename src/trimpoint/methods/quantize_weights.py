@@ -32,7 +32,8 @@ class QuantizeWeights(Method):
     What it costs:
         Seconds with `nearest` and `hqq`; with `gptq` and `awq` a forward pass over the calibration data as well. At 8
         bits, and at 4 bits in groups, quality hardly falls; at 3 bits `gptq` in groups is needed, 2 bits want training
-        behind this step. With `activations="float32"` products of 2 and 8 bits are very slow in ONNX Runtime.
+        behind this step. With `activations="float32"` products of 2 and 8 bits are very slow in ONNX Runtime; OpenVINO
+        computes all of them in float32 and rounds inputs only on CPUs with 8-bit dot products, where that is allowed.
     Needs:
         `calibrate` data with `gptq` and `awq`.
     Leaves alone:

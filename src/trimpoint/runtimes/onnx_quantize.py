@@ -1,5 +1,7 @@
 """Realise int8 formats on an ONNX graph: our ranges, ONNX Runtime's own placement of quantisers.
 
+The graph in quantise/dequantise form is what ONNX Runtime and OpenVINO run alike.
+
 This module needs `onnx` (the full installation); what opens an artifact does not import it.
 """
 
@@ -126,13 +128,16 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection
     return result
 
 
-def quantize(model: ModelProto, selection: Selection, feeds: Iterator[dict[str, np.ndarray]]) -> ModelProto:
+def quantize(
+    model: ModelProto, selection: Selection, feeds: Iterator[dict[str, np.ndarray]], *, biases: bool = True
+) -> ModelProto:
     """Return the quantised graph, in quantise/dequantise form; ranges of activations are taken from the feeds.
 
     Args:
         model: preprocessed.
         selection: what to quantise.
         feeds: input name → array, batch after batch; read one at a time.
+        biases: round them too, to 32 bits at the scale of the sums that they are added to.
 
     Raises:
         DataError: if there are no feeds, or they lead to values that are not finite.
@@ -157,13 +162,19 @@ def quantize(model: ModelProto, selection: Selection, feeds: Iterator[dict[str, 
                 selection.nodes,
                 [],
                 [*WEIGHTED, *GLUE],
-                {"ActivationSymmetric": selection.symmetric, "TensorQuantOverrides": selection.overrides},
+                {
+                    "ActivationSymmetric": selection.symmetric,
+                    "QuantizeBias": biases,
+                    "TensorQuantOverrides": selection.overrides,
+                },
             )
             quantizer.quantize_model()
         except Exception as error:
             raise LoweringError(f"ONNX Runtime cannot quantise the model: {type(error).__name__}: {error}") from error
     result = quantizer.model.model
-    _keep_products(result, set(selection.nodes))
+    remaining = {node.name for node in result.graph.node}
+    absorbed = {name for node in model.graph.node if node.name not in remaining for name in node.output}
+    _keep_products(result, set(selection.nodes), absorbed)
     return result
 
 
@@ -217,10 +228,16 @@ def same_answers(first: bytes, second: bytes, feeds: Mapping[str, np.ndarray]) -
     return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(*results, strict=True))
 
 
-def _keep_products(model: ModelProto, chosen: set[str]) -> None:
+def _keep_products(model: ModelProto, chosen: set[str], absorbed: set[str]) -> None:
     """Take out, in place, the rounding of a matrix product whose result only float32 operators read.
 
-    The kernel then writes float32 from its 32-bit sums: nothing is rounded, and one conversion less is run.
+    The kernel then writes float32 from its 32-bit sums: nothing is rounded, and one conversion less is run. Where
+    rounding stands for a ReLU as well, since its range begins at zero, it stays.
+
+    Args:
+        model: quantised.
+        chosen: names of the quantised nodes.
+        absorbed: tensors that nodes made which the quantiser has taken out.
     """
     made_by = {name: node for node in model.graph.node for name in node.output}
     read_by: dict[str, list[NodeProto]] = {}
@@ -233,6 +250,8 @@ def _keep_products(model: ModelProto, chosen: set[str]) -> None:
         readers = read_by.get(rounding.output[0], [])
         if product is None or product.op_type not in ("MatMul", "Gemm") or len(read_by[rounding.input[0]]) != 1:
             continue
+        if rounding.input[0] in absorbed:
+            continue
         last = [reader for back in readers for reader in read_by.get(back.output[0], [])]
         if len(readers) == 1 and not any(reader.name in chosen for reader in last):
             product.output[0] = readers[0].output[0]
@@ -243,15 +262,15 @@ def _keep_products(model: ModelProto, chosen: set[str]) -> None:
 
 
 def _refusal(tensors: Mapping[str, Format], embedding: bool, on_grid: bool) -> str:
-    """Return why ONNX Runtime cannot realise these formats, or nothing."""
+    """Return why static int8 cannot realise these formats, or nothing."""
     for tensor, wanted in tensors.items():
         if wanted.dtype not in ("int8", "uint8") and not (on_grid and tensor == "weight" and wanted.bits < 8):
-            return f"static quantisation of ONNX Runtime has no {wanted.dtype} for its {tensor}"
+            return f"static int8 has no {wanted.dtype} for its {tensor}"
         if wanted.granularity == "group" or (tensor != "weight" and wanted.granularity != "tensor"):
-            return f"static quantisation of ONNX Runtime has no scale per {wanted.granularity} for its {tensor}"
+            return f"static int8 has no scale per {wanted.granularity} for its {tensor}"
     if embedding and "weight" in tensors:
         per_tensor = tensors["weight"].granularity == "tensor"
-        return "" if per_tensor else "ONNX Runtime quantises an embedding with one scale per tensor only"
+        return "" if per_tensor else "static int8 has one scale per tensor for an embedding"
     missing = [tensor for tensor in ("weight", "input") if tensor not in tensors]
     return f"static quantisation needs a format for its {missing[0]} too" if missing else ""
 
@@ -265,7 +284,7 @@ def _missing(
     if not own:
         return "no operator in the exported graph comes from it"
     kinds = sorted({node.op_type for node in own if any(name in weights for name in node.input[1:4])} - set(GLUE))
-    return f"static quantisation of ONNX Runtime has no int8 kernel for {', '.join(kinds) or own[0].op_type}"
+    return f"static int8 has no int8 kernel for {', '.join(kinds) or own[0].op_type}"
 
 
 def _weight(node: NodeProto, weights: set[str]) -> str:

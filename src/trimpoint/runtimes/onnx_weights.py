@@ -30,7 +30,7 @@ def split(exported: Exported, formats: Formats) -> tuple[Formats, Formats]:
     )
 
 
-def compress(model: ModelProto, exported: Exported, formats: Formats) -> tuple[str, ...]:
+def compress(model: ModelProto, exported: Exported, formats: Formats, *, plain: bool = False) -> tuple[str, ...]:
     """Put the integers of grids in place of float matrices, in place; return `path: reason` for what cannot be.
 
     A factor of the inputs goes into the layer normalisation in front where no one else reads that, or becomes a
@@ -40,6 +40,8 @@ def compress(model: ModelProto, exported: Exported, formats: Formats) -> tuple[s
         model: as exported.
         exported: with the grids.
         formats: of modules with such grids.
+        plain: for a reader that makes a product with an expression of integers and scales of each node, as OpenVINO
+            does: of any number of bits, and inputs are filled up with zeros to whole blocks.
 
     References:
         https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
@@ -52,7 +54,7 @@ def compress(model: ModelProto, exported: Exported, formats: Formats) -> tuple[s
         products = [node for node in nodes if node.op_type in ("MatMul", "Gemm") and node.input[1] in stored]
         reason = "" if products else "no product with its weight is in the exported graph"
         for node in products:
-            reason = _replace(model, node, grid, tensors, stored) if isinstance(grid, GroupGrid) else ""
+            reason = _replace(model, node, grid, tensors, stored, plain) if isinstance(grid, GroupGrid) else ""
             added = added or not reason
         if reason:
             unmapped.append(f"{path}: {reason}")
@@ -67,6 +69,7 @@ def _replace(
     grid: GroupGrid,
     tensors: Mapping[str, Format],
     stored: Mapping[str, TensorProto],
+    plain: bool,
 ) -> str:
     """Turn a node into a product of few bits, in place, or return why not."""
     settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -80,9 +83,12 @@ def _replace(
     if np.abs(weight - grid.weight()).max(initial=0) > _EXACT * max(np.abs(weight).max(initial=0), 1e-30):
         return "its weight is not on its grid in the graph"
     level = _INT8 if "input" in tensors else 0
-    packed = pack(grid, whole=level == 0)
+    packed = pack(grid, whole=level == 0 and not plain, even=plain)
     name = node.output[0]
     source = node.input[0] if grid.factor is None else _scaled(model, node, grid.factor, stored)
+    block, bits = packed["block"], packed["bits"]
+    if plain and (missing := packed["codes"].shape[1] * block - inputs):
+        source, inputs = _filled_up(model, node, source, missing), inputs + missing
     given = [source]
     for kind in ("codes", "scale", "zero"):
         if kind in packed:
@@ -93,7 +99,6 @@ def _replace(
     node.op_type, node.domain = "MatMulNBits", _DOMAIN
     node.input[:] = given
     del node.attribute[:]
-    block, bits = packed["block"], packed["bits"]
     values = {"K": inputs, "N": outputs, "bits": bits, "block_size": block} | (
         {"accuracy_level": level} if level else {}
     )
@@ -101,7 +106,7 @@ def _replace(
     return ""
 
 
-def pack(grid: GroupGrid, *, whole: bool = False) -> dict[str, Any]:
+def pack(grid: GroupGrid, *, whole: bool = False, even: bool = False) -> dict[str, Any]:
     """Return a grid as `MatMulNBits` takes it: `codes` `[outputs, blocks, bytes]`, `scale`, `zero`, `block`, `bits`.
 
     Blocks are powers of two from 16 to 256 that do not reach over a group: of these the size that takes the least
@@ -110,19 +115,23 @@ def pack(grid: GroupGrid, *, whole: bool = False) -> dict[str, Any]:
     Args:
         grid: in groups of a power of two, or with one scale for all inputs.
         whole: use no containers of 2 bits, for which there are no kernels without int8.
+        even: as many blocks as zero points fill whole bytes, where there are any.
     """
     outputs, inputs = grid.codes.shape
     bits = 8 if grid.bits > 4 else 2 if grid.bits == 2 and not whole else 4
     fitting = [size for size in _BLOCKS if grid.group >= inputs or grid.group % size == 0]
-    block = min(fitting, key=lambda size: -(-inputs // size) * (size * bits / 8 + 4 + bits / 8))
-    count = -(-inputs // block)
-    which = np.arange(count) * block // grid.group
+    middling = bool((grid.zero == 2 ** (grid.bits - 1)).all())
+    step = 8 // bits if even and not middling else 1
+    counts = {size: -(-inputs // (size * step)) * step for size in fitting}
+    block = min(fitting, key=lambda size: counts[size] * (size * bits / 8 + 4 + bits / 8))
+    count = counts[block]
+    which = np.minimum(np.arange(count) * block // grid.group, grid.scale.shape[1] - 1)
     scale, zero = grid.scale[:, which].astype(np.float32), grid.zero[:, which]
     codes = np.zeros((outputs, count * block), np.uint8)
     codes[:, :inputs] = grid.codes
     middle = 2 ** (bits - 1)
     result: dict[str, Any] = {"block": block, "bits": bits, "scale": np.ascontiguousarray(scale.reshape(-1))}
-    if bool((zero == 2 ** (grid.bits - 1)).all()):
+    if middling:
         codes += np.uint8(middle - 2 ** (grid.bits - 1))
     else:
         result["zero"] = _packed(zero, bits).reshape(-1)
@@ -138,6 +147,21 @@ def _packed(values: np.ndarray, bits: int) -> np.ndarray:
     parts = [rows[:, place::per] << np.uint8(place * bits) for place in range(per)]
     result: np.ndarray = np.bitwise_or.reduce(parts)
     return result
+
+
+def _filled_up(model: ModelProto, node: NodeProto, source: str, missing: int) -> str:
+    """Return the name of a node's input with zeros behind the last channel."""
+    name = f"{node.output[0]}.whole"
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0, missing], np.int64), f"{name}.pads"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1], np.int64), f"{name}.axes"))
+    pad = helper.make_node("Pad", [source, f"{name}.pads", "", f"{name}.axes"], [name], name=name)
+    _insert(model, node, pad)
+    return name
+
+
+def _insert(model: ModelProto, node: NodeProto, before: NodeProto) -> None:
+    place = next(index for index, other in enumerate(model.graph.node) if other.name == node.name)
+    model.graph.node.insert(place, before)
 
 
 def _scaled(model: ModelProto, node: NodeProto, factor: np.ndarray, stored: Mapping[str, TensorProto]) -> str:
@@ -156,6 +180,5 @@ def _scaled(model: ModelProto, node: NodeProto, factor: np.ndarray, stored: Mapp
             return source
     model.graph.initializer.append(numpy_helper.from_array(factor, f"{name}.factor"))
     scaled = helper.make_node("Mul", [source, f"{name}.factor"], [f"{name}.scaled"], name=f"{name}.scaled")
-    place = next(index for index, other in enumerate(model.graph.node) if other.name == node.name)
-    model.graph.node.insert(place, scaled)
+    _insert(model, node, scaled)
     return f"{name}.scaled"

@@ -78,13 +78,15 @@ class OnnxRuntime(Runtime):
         calibration: Sequence[Any] = (),
     ) -> Lowered:
         """Write `model.onnx`, float32 or with the formats realised in int8 (see `Runtime.lower`)."""
-        from trimpoint.runtimes import onnx_graph
+        from trimpoint.runtimes import onnx_graph, onnx_halves
 
         model = onnx_graph.parse(exported.onnx)
         unmapped: tuple[str, ...] = ()
         notes: tuple[str, ...] = ()
         if formats:
-            model, unmapped, notes = _quantized(model, exported, formats, calibration)
+            halves, others = onnx_halves.split(formats)
+            model, unmapped, notes = _quantized(model, exported, others, calibration)
+            unmapped += onnx_halves.store(model, halves, lambda node: module_of(node.name, exported.scopes))
         scopes = onnx_graph.compact(model, _scopes_of(model, exported.scopes))
         _write(directory / FILE, onnx_graph.serialize(model))
         return Lowered(

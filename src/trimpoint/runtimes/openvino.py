@@ -11,11 +11,22 @@ from typing import Any, ClassVar
 
 from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
 from trimpoint.quiet import quiet
-from trimpoint.runtimes.base import Exported, Formats, Lowered, OperatorTime, Runtime, Session, is_dynamic
+from trimpoint.runtimes.base import (
+    Exported,
+    Formats,
+    Lowered,
+    OperatorTime,
+    Runtime,
+    Session,
+    calibration_feeds,
+    is_dynamic,
+)
 from trimpoint.signature import Signature
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 _WARM_UP = 3
+_OPTIONS = "runtime_options"
+"""Where a file says how it is to be compiled; see `openvino.properties`."""
 
 
 class OpenVinoSession(Session):
@@ -39,11 +50,15 @@ class OpenVinoSession(Session):
 class OpenVino(Runtime):
     """OpenVINO with its CPU plug-in, float32 arithmetic pinned where the model is float32.
 
-    Static int8 is NNCF's post-training quantisation, restricted to the modules that have formats; where they are
-    dynamic, weights are stored in 8 bits, and it is up to the plug-in whether activations are rounded.
+    Static int8 is the quantised graph that ONNX Runtime gets too, with biases in float32; the plug-in fuses it. Where
+    formats are dynamic, NNCF stores weights in 8 bits, and it is up to the plug-in whether activations are rounded.
+    Matrices on grids in groups are stored as their integers, of 2, 4 or 8 bits, scales and zero points, and stay so in
+    memory: the plug-in brings them back to float32 as it multiplies. Where processors have 8-bit dot products it also
+    rounds the inputs of such a product, in each call and in groups of 32, unless a format asks for float32 inputs.
 
     References:
-        https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
+        OpenVINO, "Low precision transformations", for the form of quantised graphs that the plug-in takes;
+        https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/weight-compression.html
     """
 
     name: ClassVar[str] = "openvino"
@@ -63,28 +78,18 @@ class OpenVino(Runtime):
         calibration: Sequence[Any] = (),
     ) -> Lowered:
         """Write `model.xml` and `model.bin`, float32 or with the formats realised in int8 (see `Runtime.lower`)."""
-        model = _read(exported)
-        unmapped: tuple[str, ...] = ()
-        if formats:
-            from trimpoint.runtimes import nncf_quantize
-
-            _needs_nncf()
-            each_call = {path: tensors for path, tensors in formats.items() if is_dynamic(tensors)}
-            before = {path: tensors for path, tensors in formats.items() if path not in each_call}
-            if before:
-                model, unmapped = nncf_quantize.quantize(model, exported, before, calibration)
-            if each_call:
-                model, more = nncf_quantize.compress_weights(model, exported, each_call)
-                unmapped += more
-        return self._save(model, exported, directory, unmapped)
+        if not formats:
+            return self._save(_read(exported.onnx), exported, directory)
+        model, unmapped, notes = _quantized(exported, formats, calibration)
+        return self._save(model, exported, directory, unmapped, notes)
 
     def lower_one_line_int8(self, exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:
         """Quantise with `nncf.quantize(model, dataset)` and nothing else."""
         from trimpoint.runtimes import nncf_quantize
 
         _needs_nncf()
-        model = nncf_quantize.quantize_default(_read(exported), exported.signature, calibration)
-        return self._save(model, exported, directory, ())
+        model = nncf_quantize.quantize_default(_read(exported.onnx), exported.signature, calibration)
+        return self._save(model, exported, directory)
 
     def open(self, directory: Path, lowered: Lowered, *, threads: int = 1, profile: bool = False) -> OpenVinoSession:
         """Compile the model with a fixed number of threads, for latency, without bfloat16.
@@ -127,7 +132,14 @@ class OpenVino(Runtime):
         ]
         return sorted(operators, key=lambda operator: -operator.ms)
 
-    def _save(self, model: Any, exported: Exported, directory: Path, unmapped: tuple[str, ...]) -> Lowered:
+    def _save(
+        self,
+        model: Any,
+        exported: Exported,
+        directory: Path,
+        unmapped: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> Lowered:
         openvino = _import()
         path = directory / GRAPH
         try:
@@ -135,12 +147,13 @@ class OpenVino(Runtime):
                 openvino.save_model(model, str(path), compress_to_fp16=False)
         except RuntimeError as error:
             raise LoweringError(f"OpenVINO cannot write the model: {error}") from error
-        _strip(path, exported.scopes)
+        _strip(path, exported.signature, exported.scopes)
         return Lowered(
             runtime=self.name,
             files={"main": (GRAPH, WEIGHTS)},
             signature=exported.signature,
             unmapped=unmapped,
+            notes=notes,
             scopes=exported.scopes,
         )
 
@@ -158,8 +171,70 @@ def _needs_nncf() -> None:
         raise MissingDependencyError("NNCF, OpenVINO's quantiser, is not installed.", f"`{OpenVino.install}`")
 
 
-def _read(exported: Exported) -> Any:
-    """Return the OpenVINO model of an export, with its constants folded.
+def _quantized(
+    exported: Exported, formats: Formats, calibration: Sequence[Any]
+) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+    """Return the model with its formats realised, what could not be, and what to beware of elsewhere.
+
+    Static formats come first.
+    """
+    from trimpoint.runtimes import nncf_quantize, onnx_graph, onnx_halves, onnx_quantize, onnx_weights, saturation
+
+    halves, others = onnx_halves.split(formats)
+    grouped, others = onnx_weights.split(exported, others)
+    each_call = {path: tensors for path, tensors in others.items() if is_dynamic(tensors)}
+    before = {path: tensors for path, tensors in others.items() if path not in each_call}
+    graph = onnx_graph.parse(exported.onnx)
+    unmapped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    if before:
+        prepared = onnx_quantize.preprocess(graph)
+        static = onnx_quantize.select(prepared, exported, before)
+        unmapped = tuple(static.unmapped)
+        if static.nodes:
+            feeds = calibration_feeds(exported.signature, calibration)
+            graph = onnx_quantize.quantize(prepared, static, feeds, biases=False)
+            found = saturation.saturations(graph, calibration_feeds(exported.signature, calibration))
+            notes = tuple(saturation.note(each, _module_of(each.node, exported.scopes)) for each in found)
+    unmapped += onnx_weights.compress(graph, exported, grouped, plain=True)
+    unmapped += onnx_halves.store(graph, halves, lambda node: _module_of(node.name, exported.scopes))
+    model = _read(onnx_graph.serialize(graph))
+    if each_call:
+        _needs_nncf()
+        model, missing = nncf_quantize.compress_weights(model, exported, each_call)
+        unmapped += missing
+    for kind in {tensors["weight"].dtype for tensors in halves.values()}:
+        _halve(model, kind)
+    exact = [path for path, tensors in grouped.items() if "input" not in tensors]
+    if exact:
+        # By default, CPUs with 8-bit dot products round the inputs of products with compressed weights in each call.
+        model.set_rt_info(0, [_OPTIONS, "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        rounded = sorted(path for path in (*grouped, *each_call) if "input" in formats[path])
+        unmapped += tuple(f"{path}: its inputs stay in float32, as those of {exact[0]} do" for path in rounded)
+    return model, unmapped, notes
+
+
+def _halve(model: Any, kind: str) -> None:
+    """Store in 16 bits, in place, the weights that consist of such numbers: reading has cast them to float32.
+
+    The plug-in does so again when it compiles the model.
+    """
+    from openvino import Type, opset13
+
+    from trimpoint.quantization.halves import rounded
+
+    types = {"float16": Type.f16, "bfloat16": Type.bf16}
+    for op in model.get_ordered_ops():
+        if op.get_type_name() != "Constant" or op.get_element_type() != Type.f32 or len(op.get_output_shape(0)) < 2:
+            continue
+        if op.data.size > 1 and (rounded(op.data, kind) == op.data).all():
+            whole = opset13.convert(opset13.constant(op.data, types[kind]), "f32")
+            for reader in op.output(0).get_target_inputs():
+                reader.replace_source_output(whole.output(0))
+
+
+def _read(onnx: bytes) -> Any:
+    """Return the OpenVINO model of an ONNX graph, with its constants folded.
 
     `openvino.convert_model` does the same, and reports its use to the vendor; this does not.
     """
@@ -168,22 +243,25 @@ def _read(exported: Exported) -> Any:
 
     try:
         with quiet():
-            model = openvino.Core().read_model(exported.onnx)
+            model = openvino.Core().read_model(onnx)
             apply_moc_transformations(model, False)
     except RuntimeError as error:
         raise LoweringError(f"OpenVINO cannot read the exported model: {error}") from error
     return model
 
 
-def _strip(path: Path, scopes: Mapping[str, str]) -> None:
-    """Remove from the graph what the plug-in does not read: histories of fusing, parameters of tools, white space.
+def _strip(path: Path, signature: Signature, scopes: Mapping[str, str]) -> None:
+    """Remove from the graph what the plug-in does not read: histories, names of tensors, constants stored twice.
 
     Operators that OpenVINO has named itself, by counters that differ from run to run, are named after their position.
     """
     tree = ElementTree.parse(path)
     root = tree.getroot()
-    for child in root.findall("rt_info"):
-        root.remove(child)
+    for about in root.findall("rt_info"):
+        for child in [child for child in about if child.tag != _OPTIONS]:
+            about.remove(child)
+        if len(about) == 0:
+            root.remove(about)
     for layer in root.iter():
         for info in layer.findall("rt_info"):
             for attribute in info.findall("attribute"):
@@ -191,6 +269,11 @@ def _strip(path: Path, scopes: Mapping[str, str]) -> None:
                     info.remove(attribute)
             if len(info) == 0:
                 layer.remove(info)
+    known = {spec.name for spec in (*signature.inputs, *signature.outputs)}
+    for port in root.iter("port"):
+        if known.isdisjoint(port.get("names", "").split(",")):
+            port.attrib.pop("names", None)
+    _share_constants(root)
     for layer in root.iter("layer"):
         if layer.get("type") not in ("Parameter", "Result") and not _module_of(layer.get("name", ""), scopes):
             layer.set("name", f"_{layer.get('id')}")
@@ -200,6 +283,28 @@ def _strip(path: Path, scopes: Mapping[str, str]) -> None:
             element.text = None
     root.set("name", "g")
     tree.write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _share_constants(root: ElementTree.Element) -> None:
+    """Leave one layer of all that hold the same bytes as the same shape and type."""
+    layers = root.find("layers")
+    if layers is None:
+        return
+    first: dict[str, str] = {}
+    other: dict[str, str] = {}
+    for layer in layers.findall("layer[@type='Const']"):
+        port = layer.find("output/port")
+        if port is None or "names" in port.attrib or layer.find("rt_info") is not None:
+            continue
+        content = "".join(ElementTree.tostring(part, "unicode") for part in layer)
+        if content in first:
+            other[layer.get("id", "")] = first[content]
+            layers.remove(layer)
+        else:
+            first[content] = layer.get("id", "")
+    for edge in root.iter("edge"):
+        source = edge.get("from-layer", "")
+        edge.set("from-layer", other.get(source, source))
 
 
 def _module_of(name: str, scopes: Mapping[str, str]) -> str:

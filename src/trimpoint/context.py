@@ -19,6 +19,7 @@ from trimpoint.graph import (
     InputGrid,
     InputGridEdit,
     MaskEdit,
+    OnSigns,
     bypass_,
     mask_,
     masks_of,
@@ -223,9 +224,9 @@ class _Context(Context):
         )
 
     def put_on_grid(
-        self, path: str, grid: OnGrid | OnGroups, *, values: Tensor | None = None, reason: str = ""
+        self, path: str, grid: OnGrid | OnGroups | OnSigns, *, values: Tensor | None = None, reason: str = ""
     ) -> None:
-        """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file."""
+        """Hold the weight of the module at `path` on a grid, through training and in the exported file."""
         module = self.get(path)
         before = describe(module)
         put_on_grid_(module, "weight", grid, values)

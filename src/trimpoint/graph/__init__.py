@@ -12,6 +12,7 @@ from trimpoint.graph.layers import LowRank
 from trimpoint.graph.masks import Mask, ScheduledMask, kept_by, mask_, masks_of
 from trimpoint.graph.pruned_attention import PrunedAttention, pruned_attention, why_unprunable
 from trimpoint.graph.rebuild import rebuild, save_structure
+from trimpoint.graph.signs import OnSigns
 from trimpoint.graph.surgery import (
     AttributeEdit,
     Bypass,
@@ -43,6 +44,7 @@ __all__ = [
     "MaskEdit",
     "OnGrid",
     "OnGroups",
+    "OnSigns",
     "PrunedAttention",
     "ReplaceEdit",
     "ResizeEdit",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trimpoint.errors import SurgeryError
 from trimpoint.graph.held import Held, held_by, hold_, parameter_behind
 from trimpoint.graph.input_grids import rounded, slowed
+from trimpoint.graph.signs import OnSigns
 from trimpoint.quantization.grid import Grid, GroupGrid
 
 BITS = (2, 8)
@@ -172,7 +173,9 @@ class OnGroups(Held):
 
 
 @torch.no_grad()
-def put_on_grid_(module: nn.Module, parameter: str, grid: OnGrid | OnGroups, values: Tensor | None = None) -> None:
+def put_on_grid_(
+    module: nn.Module, parameter: str, grid: OnGrid | OnGroups | OnSigns, values: Tensor | None = None
+) -> None:
     """Hold a parameter of a module on a grid, in place; it keeps its identity, a grid that it had gives way.
 
     Args:
@@ -189,6 +192,8 @@ def put_on_grid_(module: nn.Module, parameter: str, grid: OnGrid | OnGroups, val
         shape = _groups_in(weight, grid.group)
         if not (list(grid.scale.shape) == list(grid.zero.shape) == shape and grid.factor.shape == weight.shape[1:]):
             raise SurgeryError(f"A grid for {list(weight.shape)} in groups of {grid.group} must have scales {shape}.")
+    elif isinstance(grid, OnSigns):
+        _check_fit(weight, grid.axis, grid.scales)
     else:
         _check_fit(weight, grid.axis, grid.scale.numel() if grid.scale.ndim == 1 else 0)
     if values is not None:
@@ -210,17 +215,22 @@ def put_stored_grid_(module: nn.Module, parameter: str, data: Mapping[str, int])
         ones = (torch.ones(shape), torch.zeros(shape), data["bits"], data["group"], torch.ones(weight.shape[1]))
         return put_on_grid_(module, parameter, OnGroups(*ones))
     _check_fit(weight, data["axis"], data["scales"])
+    if "signs" in data:
+        signs = OnSigns(data["signs"], 0.0, data["scales"], data["axis"], learned=bool(data["learned"]))
+        return put_on_grid_(module, parameter, signs)
     grid = OnGrid(torch.ones(data["scales"]), data["bits"], data["axis"], learned=bool(data["learned"]))
     return put_on_grid_(module, parameter, grid)
 
 
 def wrong_scales(module: nn.Module) -> list[str]:
     """Return the paths of all grids of which a scale is not finite and positive, or a zero point is no code."""
-    grids = [(path, part) for path, part in module.named_modules() if isinstance(part, (OnGrid, OnGroups))]
+    grids = [(path, part) for path, part in module.named_modules() if isinstance(part, (OnGrid, OnGroups, OnSigns))]
     return [path for path, grid in grids if not _sound(grid)]
 
 
-def _sound(grid: OnGrid | OnGroups) -> bool:
+def _sound(grid: OnGrid | OnGroups | OnSigns) -> bool:
+    if isinstance(grid, OnSigns):
+        return grid.sound()
     scales = [grid.scale, grid.factor] if isinstance(grid, OnGroups) else [grid.scale]
     sound = all(bool((torch.isfinite(each) & (each > 0)).all()) for each in scales)
     if isinstance(grid, OnGroups):
@@ -275,19 +285,24 @@ def grids_of(module: nn.Module) -> dict[str, Grid | GroupGrid]:
 
 def check_grid(data: Any) -> str:
     """Return what is wrong with the JSON form of a grid, or `""`."""
-    if not isinstance(data, Mapping) or set(data) not in ({"bits", "axis", "scales", "learned"}, {"bits", "group"}):
-        return f"a grid has bits, axis, scales and whether they are learned, or bits and group. Got {data!r}"
+    signs = isinstance(data, Mapping) and set(data) == {"signs", "axis", "scales", "learned"}
+    kinds = ({"bits", "axis", "scales", "learned"}, {"bits", "group"})
+    if not signs and not (isinstance(data, Mapping) and set(data) in kinds):
+        return f"a grid has bits or signs, axis, scales and whether they are learned, or bits and group. Got {data!r}"
     bad = [key for key, value in data.items() if type(value) is not (bool if key == "learned" else int)]
     if "group" in data:
         sound = not bad and BITS[0] <= data["bits"] <= BITS[1] and 1 <= data["group"] < 1 << 31
         return "" if sound else f"it has 2 to 8 bits and a size of its groups. Got {data!r}"
-    if bad or not (BITS[0] <= data["bits"] <= BITS[1] and 0 <= data["axis"] < 8 and 1 <= data["scales"] < 1 << 31):
-        return f"it has 2 to 8 bits, a dimension and a number of scales. Got {data!r}"
+    count, (low, high) = ("signs", (2, 3)) if signs else ("bits", BITS)
+    if bad or not (low <= data[count] <= high and 0 <= data["axis"] < 8 and 1 <= data["scales"] < 1 << 31):
+        return f"it has {low} to {high} {count}, a dimension and a number of scales. Got {data!r}"
     return ""
 
 
-def grid_to_data(grid: OnGrid | OnGroups) -> dict[str, int | bool]:
+def grid_to_data(grid: OnGrid | OnGroups | OnSigns) -> dict[str, int | bool]:
     """Return the JSON form of a grid; its scales are part of the module's state."""
+    if isinstance(grid, OnSigns):
+        return {"signs": grid.values, "axis": grid.axis, "scales": grid.scales, "learned": grid.learned}
     if isinstance(grid, OnGroups):
         return {"bits": grid.bits, "group": grid.group}
     return {"bits": grid.bits, "axis": grid.axis, "scales": grid.scale.numel(), "learned": grid.learned}

@@ -154,7 +154,9 @@ def test_a_file_with_numbers_that_cannot_be_is_refused(tmp_path, weight, tamper)
         rebuild(tmp_path, lambda: nn.Sequential(nn.Linear(40, 6)))
 
 
-@pytest.mark.parametrize("change", [{"signs": 4}, {"signs": True}, {"axis": 9}, {"scales": 0}, {"learned": 1}, {"x": 1}])
+@pytest.mark.parametrize(
+    "change", [{"signs": 4}, {"signs": True}, {"axis": 9}, {"scales": 0}, {"learned": 1}, {"x": 1}]
+)
 def test_an_edit_that_makes_no_signs_is_refused(change):
     data = {"signs": 3, "axis": 0, "scales": 1, "learned": False} | change
     with pytest.raises(ArtifactError, match="makes no grid"):

@@ -19,6 +19,7 @@ from trimpoint.graph import (
     InputGrid,
     InputGridEdit,
     MaskEdit,
+    OnSigns,
     bypass_,
     mask_,
     masks_of,
@@ -223,15 +224,22 @@ class _Context(Context):
         )
 
     def put_on_grid(
-        self, path: str, grid: OnGrid | OnGroups, *, values: Tensor | None = None, reason: str = ""
+        self,
+        path: str,
+        grid: OnGrid | OnGroups | OnSigns,
+        *,
+        parameter: str = "weight",
+        values: Tensor | None = None,
+        reason: str = "",
     ) -> None:
-        """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file."""
+        """Hold a weight of the module at `path` on a grid, through training and in the exported file."""
         module = self.get(path)
         before = describe(module)
-        put_on_grid_(module, "weight", grid, values)
+        put_on_grid_(module, parameter, grid, values)
         self._build.inherit(module)
-        self._build.edited([GridEdit(path, "weight", grid_to_data(grid))])
-        self._record.add("assigned", path, before, f"weight on {grid.levels} levels", reason)
+        self._build.edited([GridEdit(path, parameter, grid_to_data(grid))])
+        record = self._record.add if parameter == "weight" else self._record.add_to
+        record("assigned", path, before, f"{parameter} on {grid.levels} levels", reason)
 
     def round_input(self, paths: Sequence[str], low: float, high: float) -> None:
         """Round what modules read, the same tensor, to 8 bits, between numbers that training learns."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from trimpoint.graph.grids import OnGrid, OnGroups
+    from trimpoint.graph.signs import OnSigns
     from trimpoint.recover.distill import Distillation
     from trimpoint.recover.penalty import Penalty
     from trimpoint.recover.recipe import Recovery
@@ -200,13 +201,20 @@ class Context(ABC):
 
     @abstractmethod
     def put_on_grid(
-        self, path: str, grid: "OnGrid | OnGroups", *, values: "Tensor | None" = None, reason: str = ""
+        self,
+        path: str,
+        grid: "OnGrid | OnGroups | OnSigns",
+        *,
+        parameter: str = "weight",
+        values: "Tensor | None" = None,
+        reason: str = "",
     ) -> None:
-        """Hold the weight of the module at `path` on a grid of integers, through training and in the exported file.
+        """Hold a weight of the module at `path` on a grid, through training and in the exported file.
 
         Args:
             path: of the module.
-            grid: with the scales, see `trimpoint.graph.grids`; in float32.
+            grid: with the scales, see `trimpoint.graph.grids` and `trimpoint.graph.signs`; in float32.
+            parameter: name of the weight.
             values: that the weight takes before, such as the result of a rounding that looks at more than one number.
             reason: how scales and integers were chosen.
         """

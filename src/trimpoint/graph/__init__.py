@@ -3,7 +3,7 @@
 from trimpoint.graph.blocks import find_blocks
 from trimpoint.graph.codebooks import Codebook, share_
 from trimpoint.graph.edits import CodebookEdit, GridEdit, InputGridEdit, MaskEdit
-from trimpoint.graph.grids import OnGrid, OnGroups, grids_of, put_on_grid_
+from trimpoint.graph.grids import OnGates, OnGrid, OnGroups, grids_of, put_on_grid_
 from trimpoint.graph.groups import coupled_groups
 from trimpoint.graph.held import bake_, baked, why_not_held
 from trimpoint.graph.hidden_heads import find_groups
@@ -12,6 +12,7 @@ from trimpoint.graph.layers import LowRank
 from trimpoint.graph.masks import Mask, ScheduledMask, kept_by, mask_, masks_of
 from trimpoint.graph.pruned_attention import PrunedAttention, pruned_attention, why_unprunable
 from trimpoint.graph.rebuild import rebuild, save_structure
+from trimpoint.graph.signs import OnSigns
 from trimpoint.graph.surgery import (
     AttributeEdit,
     Bypass,
@@ -41,8 +42,10 @@ __all__ = [
     "LowRank",
     "Mask",
     "MaskEdit",
+    "OnGates",
     "OnGrid",
     "OnGroups",
+    "OnSigns",
     "PrunedAttention",
     "ReplaceEdit",
     "ResizeEdit",

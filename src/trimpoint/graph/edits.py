@@ -73,7 +73,7 @@ class GridEdit:
 
     path: str
     parameter: str
-    grid: Mapping[str, int]
+    grid: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ What a quantise step chose (which integers, at which scale) is part of the modul
 it. Before lowering it is baked in, and the integers go to the runtime beside the weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trimpoint.errors import SurgeryError
 from trimpoint.graph.held import Held, held_by, hold_, parameter_behind
 from trimpoint.graph.input_grids import rounded, slowed
+from trimpoint.graph.signs import OnSigns
 from trimpoint.quantization.grid import Grid, GroupGrid
 
 BITS = (2, 8)
@@ -53,9 +54,9 @@ class OnGrid(Held):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight on the grid."""
-        steps, top = self._along(weight), self.top
+        steps, top = self._along(weight), self._tops(weight)
         if self.learned:
-            steps = slowed(steps, (top * weight.numel() / steps.numel()) ** -0.5)
+            steps = slowed(steps, (self.top * weight.numel() / steps.numel()) ** -0.5)
         return (rounded(torch.clamp(weight.float() / steps, -top, top)) * steps).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -64,7 +65,8 @@ class OnGrid(Held):
 
     def codes(self, weight: Tensor) -> Tensor:
         """Return the integers of a weight, int8."""
-        return torch.round(torch.clamp(weight.float() / self._along(weight), -self.top, self.top)).to(torch.int8)
+        top = self._tops(weight)
+        return torch.round(torch.clamp(weight.float() / self._along(weight), -top, top)).to(torch.int8)
 
     @property
     def top(self) -> int:
@@ -75,6 +77,10 @@ class OnGrid(Held):
     def levels(self) -> int:
         """The number of codes."""
         return 2 * self.top + 1
+
+    def _tops(self, weight: Tensor) -> Tensor:
+        """Return the greatest codes, in a shape that broadcasts."""
+        return torch.tensor(float(self.top), device=weight.device)
 
     def _along(self, weight: Tensor) -> Tensor:
         shape = [1] * weight.ndim
@@ -93,6 +99,27 @@ class OnGrid(Held):
     def extra_repr(self) -> str:
         """Show bits and scales."""
         return f"bits={self.bits}, scales={self.scale.numel():,}"
+
+
+class OnGates(OnGrid):
+    """Round the weights of a recurrent layer, those of each gate to a number of bits of its own.
+
+    Args:
+        scale: of each row, one-dimensional, positive.
+        gates: bits of each gate, whose rows follow each other and are equally many.
+    """
+
+    def __init__(self, scale: Tensor, gates: Sequence[int]) -> None:
+        super().__init__(scale, max(gates))
+        self.gates = tuple(gates)
+
+    def _tops(self, weight: Tensor) -> Tensor:
+        tops = torch.tensor([2.0 ** (bits - 1) - 1 for bits in self.gates], device=weight.device)
+        return tops.repeat_interleave(weight.shape[0] // len(self.gates)).view(-1, *[1] * (weight.ndim - 1))
+
+    def extra_repr(self) -> str:
+        """Show the bits of each gate."""
+        return f"gates={self.gates}, scales={self.scale.numel():,}"
 
 
 class OnGroups(Held):
@@ -172,7 +199,9 @@ class OnGroups(Held):
 
 
 @torch.no_grad()
-def put_on_grid_(module: nn.Module, parameter: str, grid: OnGrid | OnGroups, values: Tensor | None = None) -> None:
+def put_on_grid_(
+    module: nn.Module, parameter: str, grid: OnGrid | OnGroups | OnSigns, values: Tensor | None = None
+) -> None:
     """Hold a parameter of a module on a grid, in place; it keeps its identity, a grid that it had gives way.
 
     Args:
@@ -189,6 +218,10 @@ def put_on_grid_(module: nn.Module, parameter: str, grid: OnGrid | OnGroups, val
         shape = _groups_in(weight, grid.group)
         if not (list(grid.scale.shape) == list(grid.zero.shape) == shape and grid.factor.shape == weight.shape[1:]):
             raise SurgeryError(f"A grid for {list(weight.shape)} in groups of {grid.group} must have scales {shape}.")
+    elif isinstance(grid, OnGates):
+        _check_gates(weight, grid.scale.numel(), len(grid.gates))
+    elif isinstance(grid, OnSigns):
+        _check_fit(weight, grid.axis, grid.scales)
     else:
         _check_fit(weight, grid.axis, grid.scale.numel() if grid.scale.ndim == 1 else 0)
     if values is not None:
@@ -198,7 +231,7 @@ def put_on_grid_(module: nn.Module, parameter: str, grid: OnGrid | OnGroups, val
     hold_(module, parameter, grid)
 
 
-def put_stored_grid_(module: nn.Module, parameter: str, data: Mapping[str, int]) -> None:
+def put_stored_grid_(module: nn.Module, parameter: str, data: Mapping[str, Any]) -> None:
     """Hold a parameter on the grid of sound JSON data, see `check_grid`, in place, with scales of one.
 
     Raises:
@@ -209,18 +242,27 @@ def put_stored_grid_(module: nn.Module, parameter: str, data: Mapping[str, int])
         shape = _groups_in(weight, data["group"])
         ones = (torch.ones(shape), torch.zeros(shape), data["bits"], data["group"], torch.ones(weight.shape[1]))
         return put_on_grid_(module, parameter, OnGroups(*ones))
+    if "gates" in data:
+        gates = cast(Sequence[int], data["gates"])
+        _check_gates(weight, data["scales"], len(gates))
+        return put_on_grid_(module, parameter, OnGates(torch.ones(data["scales"]), gates))
     _check_fit(weight, data["axis"], data["scales"])
+    if "signs" in data:
+        signs = OnSigns(data["signs"], 0.0, data["scales"], data["axis"], learned=bool(data["learned"]))
+        return put_on_grid_(module, parameter, signs)
     grid = OnGrid(torch.ones(data["scales"]), data["bits"], data["axis"], learned=bool(data["learned"]))
     return put_on_grid_(module, parameter, grid)
 
 
 def wrong_scales(module: nn.Module) -> list[str]:
     """Return the paths of all grids of which a scale is not finite and positive, or a zero point is no code."""
-    grids = [(path, part) for path, part in module.named_modules() if isinstance(part, (OnGrid, OnGroups))]
+    grids = [(path, part) for path, part in module.named_modules() if isinstance(part, (OnGrid, OnGroups, OnSigns))]
     return [path for path, grid in grids if not _sound(grid)]
 
 
-def _sound(grid: OnGrid | OnGroups) -> bool:
+def _sound(grid: OnGrid | OnGroups | OnSigns) -> bool:
+    if isinstance(grid, OnSigns):
+        return grid.sound()
     scales = [grid.scale, grid.factor] if isinstance(grid, OnGroups) else [grid.scale]
     sound = all(bool((torch.isfinite(each) & (each > 0)).all()) for each in scales)
     if isinstance(grid, OnGroups):
@@ -238,6 +280,15 @@ def _groups_in(weight: Tensor, group: int) -> list[int]:
     return [weight.shape[0], -(-weight.shape[1] // group)]
 
 
+def _check_gates(weight: Tensor, scales: int, gates: int) -> None:
+    _check_fit(weight, 0, scales)
+    if weight.shape[0] != scales or scales % gates:
+        raise SurgeryError(
+            f"A grid of {gates} gates for {list(weight.shape)} must have a scale for each of its rows, equally many a "
+            f"gate. Got {scales}."
+        )
+
+
 def _check_fit(weight: Tensor, axis: int, scales: int) -> None:
     if not weight.is_floating_point():
         raise SurgeryError(f"A grid needs floating-point weights. Got {weight.dtype}.")
@@ -250,10 +301,16 @@ def _check_fit(weight: Tensor, axis: int, scales: int) -> None:
 
 @torch.no_grad()
 def grids_of(module: nn.Module) -> dict[str, Grid | GroupGrid]:
-    """Return the integers of all weights on grids, by the path of the module."""
+    """Return the integers of all weights on grids, by the path of the module; those of gates by that of the weight."""
     found: dict[str, Grid | GroupGrid] = {}
     for path, part in module.named_modules(remove_duplicate=False):
-        chain = held_by(part).get("weight")
+        chains = held_by(part)
+        for name, steps in chains.items():
+            if isinstance(gates := steps[-1], OnGates):
+                weight = cast(Tensor, getattr(part, name))
+                codes, scale = gates.codes(weight).cpu().numpy(), gates.scale.double().cpu().numpy()
+                found[f"{path}.{name}".lstrip(".")] = Grid(codes=codes, scale=scale, axis=0, bits=gates.bits)
+        chain = chains.get("weight")
         if chain is not None and isinstance(chain[-1], OnGrid):
             grid = chain[-1]
             codes = grid.codes(cast(Tensor, part.weight)).cpu().numpy()
@@ -275,19 +332,35 @@ def grids_of(module: nn.Module) -> dict[str, Grid | GroupGrid]:
 
 def check_grid(data: Any) -> str:
     """Return what is wrong with the JSON form of a grid, or `""`."""
-    if not isinstance(data, Mapping) or set(data) not in ({"bits", "axis", "scales", "learned"}, {"bits", "group"}):
-        return f"a grid has bits, axis, scales and whether they are learned, or bits and group. Got {data!r}"
+    if isinstance(data, Mapping) and set(data) == {"gates", "scales"}:
+        return _check_gate_bits(data["gates"], data["scales"])
+    signs = isinstance(data, Mapping) and set(data) == {"signs", "axis", "scales", "learned"}
+    kinds = ({"bits", "axis", "scales", "learned"}, {"bits", "group"})
+    if not signs and not (isinstance(data, Mapping) and set(data) in kinds):
+        return f"a grid has bits or signs, axis, scales and whether they are learned, or bits and group. Got {data!r}"
     bad = [key for key, value in data.items() if type(value) is not (bool if key == "learned" else int)]
     if "group" in data:
         sound = not bad and BITS[0] <= data["bits"] <= BITS[1] and 1 <= data["group"] < 1 << 31
         return "" if sound else f"it has 2 to 8 bits and a size of its groups. Got {data!r}"
-    if bad or not (BITS[0] <= data["bits"] <= BITS[1] and 0 <= data["axis"] < 8 and 1 <= data["scales"] < 1 << 31):
-        return f"it has 2 to 8 bits, a dimension and a number of scales. Got {data!r}"
+    count, (low, high) = ("signs", (2, 3)) if signs else ("bits", BITS)
+    if bad or not (low <= data[count] <= high and 0 <= data["axis"] < 8 and 1 <= data["scales"] < 1 << 31):
+        return f"it has {low} to {high} {count}, a dimension and a number of scales. Got {data!r}"
     return ""
 
 
-def grid_to_data(grid: OnGrid | OnGroups) -> dict[str, int | bool]:
+def _check_gate_bits(gates: Any, scales: Any) -> str:
+    sound = isinstance(gates, (list, tuple)) and 1 <= len(gates) <= 8
+    sound = sound and all(type(bits) is int and BITS[0] <= bits <= BITS[1] for bits in gates)
+    sound = sound and type(scales) is int and 1 <= scales < 1 << 31
+    return "" if sound else f"it has 2 to 8 bits for each of 1 to 8 gates, and a number of scales. Got {gates!r}"
+
+
+def grid_to_data(grid: OnGrid | OnGroups | OnSigns) -> dict[str, Any]:
     """Return the JSON form of a grid; its scales are part of the module's state."""
+    if isinstance(grid, OnGates):
+        return {"gates": list(grid.gates), "scales": grid.scale.numel()}
+    if isinstance(grid, OnSigns):
+        return {"signs": grid.values, "axis": grid.axis, "scales": grid.scales, "learned": grid.learned}
     if isinstance(grid, OnGroups):
         return {"bits": grid.bits, "group": grid.group}
     return {"bits": grid.bits, "axis": grid.axis, "scales": grid.scale.numel(), "learned": grid.learned}

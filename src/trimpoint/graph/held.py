@@ -66,6 +66,17 @@ def hold_(module: nn.Module, parameter: str, step: Held) -> None:
     else:
         chain.insert(sum(old.order < step.order for old in chain), step)
     cast(nn.ModuleDict, module.parametrizations).train(module.training)
+    if isinstance(module, nn.RNNBase):
+        cast(Any, type(module)).__deepcopy__ = _copy_recurrent  # of a class that this module alone and its copies have
+
+
+def _copy_recurrent(module: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
+    """Copy a held recurrent layer without the weights that it computed last: with their graph they cannot be."""
+    replica: nn.RNNBase = module.__new__(type(module))
+    memo[id(module)] = replica
+    module._flat_weights = [None] * len(module._flat_weights_names)  # computed anew in each call
+    replica.__dict__ = copy.deepcopy(module.__dict__, memo)
+    return replica
 
 
 def type_before(module: nn.Module) -> str:
@@ -99,6 +110,9 @@ def bake_(module: nn.Module) -> None:
         part.__class__ = parametrize.type_before_parametrizations(part)
         del part._modules["parametrizations"]
         part._parameters = {**plain, **part._parameters}
+        if isinstance(part, nn.RNNBase):
+            part._parameters = {name: part._parameters[name] for name in part._flat_weights_names}
+            part._init_flat_weights()
     take_off_grids_(module)
 
 

@@ -3,12 +3,24 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
+
+from torch import nn
 
 from trimpoint.errors import InvalidParameterError
 from trimpoint.graph import OnGrid
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
 from trimpoint.quantization.allocation import cheapest
+from trimpoint.quantization.gates import (
+    MOST_BITS,
+    Gate,
+    Rounded,
+    gate_as,
+    gate_choices,
+    gates_of,
+    put_gates,
+    why_no_gates,
+)
 from trimpoint.quantization.sensitivity import divergence, weight_as
 from trimpoint.quantization.weights import Choice, choices, why_no_grid
 from trimpoint.values import Format
@@ -19,12 +31,15 @@ class QuantizeMixed(Method):
     """Give each layer the number of bits that costs the answers least, all weights together within a size.
 
     What each number of bits of each layer does to the answers is measured on calibration data, one layer at a time;
-    which to take is a multiple-choice knapsack, and solved exactly.
+    which to take is a multiple-choice knapsack, and solved exactly. In LSTM, GRU and plain recurrent layers each gate
+    of each layer and direction has bits of its own, 7 at most, rounded to nearest.
 
     When it pays:
         Where the size of a coded file counts and one number of bits for all layers is too few for some and too many for
         others, as in most networks below 6 bits. As with `quantize-static`, fewer than 8 bits save no time, and no
-        bytes in the file as the runtime loads it.
+        bytes in the file as the runtime loads it. ONNX Runtime computes an LSTM on 8-bit integers whatever the bits of
+        its gates, with activations rounded by their range in each call, and the coded file shrinks; a GRU stays in
+        float32 there, rounded, and saves nothing in either file; plain recurrent layers are rounded once more.
     What it costs:
         A pass over the calibration data, and one over `samples` of it for each layer and number of bits: on a ResNet-20
         about two minutes. Answers are measured with one layer changed at a time; what several layers do to each other
@@ -32,13 +47,15 @@ class QuantizeMixed(Method):
     Needs:
         `calibrate` data.
     Leaves alone:
-        What `quantize-static` leaves alone, and layers whose integers cannot be chosen: weights that are computed or
-        shared, and transposed convolutions in groups.
+        What `quantize-static` leaves alone but recurrent layers, and layers whose integers cannot be chosen: weights
+        that are computed or shared, transposed convolutions in groups, recurrent cells, and LSTMs that project their
+        state.
 
     References:
         Dong, Yao, Gholami, Mahoney and Keutzer, "HAWQ: Hessian aware quantization of neural networks with
         mixed-precision" (2019), and Yao et al., "HAWQ-V3: dyadic neural network quantization" (2021), for the integer
-        program; Cai et al., "ZeroQ: a novel zero shot quantization framework" (2020), for sensitivities by the answers.
+        program; Cai et al., "ZeroQ: a novel zero shot quantization framework" (2020), for sensitivities by
+        the answers; He et al., "Effective quantization methods for recurrent neural networks" (2016).
     """
 
     mean_bits: float = param(
@@ -58,7 +75,7 @@ class QuantizeMixed(Method):
 
     traits: ClassVar[Traits] = Traits(
         stage=Stage.QUANTIZE,
-        targets=("Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "Linear"),
+        targets=("Conv1d", "Conv2d", "ConvTranspose1d", "ConvTranspose2d", "Linear", "RNNBase"),
         requires=Fact.FLOAT_WEIGHT,
         removes=Fact.FLOAT_WEIGHT,
         reduces=frozenset({"file_bytes"}),
@@ -77,31 +94,42 @@ class QuantizeMixed(Method):
 
     def apply(self, ctx: Context) -> None:
         """Choose integers for every number of bits, measure what each costs, solve, and put the weights on grids."""
-        paths = []
+        paths, gates = [], list[Gate]()
         for site in ctx.modules():
-            reason = "it shares a weight with another module" if site.tied else why_no_grid(site.module)
-            if reason:
+            recurrent = isinstance(site.module, nn.RNNBase)
+            why_not = why_no_gates(cast(nn.RNNBase, site.module)) if recurrent else why_no_grid(site.module)
+            if reason := "it shares a weight with another module" if site.tied else why_not:
                 ctx.skip(site.path, reason)
+            elif recurrent:
+                gates += gates_of(cast(nn.RNNBase, site.module), site.path)
             else:
                 paths.append(site.path)
-        if not paths:
+        if not paths and not gates:
             return
         every = range(self.fewest_bits, self.most_bits + 1)
         found = {path: each for path, _, each in choices(ctx, paths, every, self.rounding, "output-error")}
-        costs = divergence(
-            ctx,
-            {
-                (path, bits): partial(weight_as, ctx.get(path), choice.values)
-                for path, each in found.items()
-                for bits, choice in each.items()
-            },
-            self.samples,
-            "measuring what bits cost:",
-        )
+        fewer = sorted({min(bits, MOST_BITS) for bits in every})
+        rounded = {gate: gate_choices(ctx.get(gate.path), gate, fewer) for gate in gates}
+        ways = {
+            (path, bits): partial(weight_as, ctx.get(path), choice.values)
+            for path, each in found.items()
+            for bits, choice in each.items()
+        } | {
+            (str(gate), bits): partial(gate_as, ctx.get(gate.path), gate, rows)
+            for gate, made in rounded.items()
+            for bits, rows in made.items()
+        }
+        costs = divergence(ctx, ways, self.samples, "measuring what bits cost:")
         sizes = {path: next(iter(each.values())).values.numel() for path, each in found.items()}
+        sizes |= {str(gate): _count(next(iter(made.values()))) for gate, made in rounded.items()}
         chosen = allocated(costs, sizes, self.mean_bits)
-        for path, bits in chosen.items():
-            self._assign(ctx, path, bits, found[path][bits], costs[path, bits])
+        for path in found:
+            self._assign(ctx, path, chosen[path], found[path][chosen[path]], costs[path, chosen[path]])
+        put_gates(ctx, {gate: (chosen[str(gate)], made[chosen[str(gate)]]) for gate, made in rounded.items()})
+        for path in dict.fromkeys(gate.path for gate in gates):
+            weight = Format(dtype="int8", granularity="channel", symmetric=True, reduce_range=True)
+            ctx.assign(path, "weight", weight)
+            ctx.assign(path, "input", Format(dtype="uint8", symmetric=False, dynamic=True))
 
     def _assign(self, ctx: Context, path: str, bits: int, choice: Choice, cost: float) -> None:
         reason = f"{choice.reason}; moves the answers by {cost:.2g} of their variance"
@@ -109,6 +137,10 @@ class QuantizeMixed(Method):
         weight = Format(dtype=f"int{bits}", granularity="channel", symmetric=True, reduce_range=True)
         ctx.assign(path, "weight", weight)
         ctx.assign(path, "input", Format(dtype="uint8", granularity="tensor", symmetric=False))
+
+
+def _count(rounded: Rounded) -> int:
+    return sum(values.numel() for values, _ in rounded.values())
 
 
 def allocated(costs: Mapping[tuple[str, int], float], sizes: Mapping[str, int], mean_bits: float) -> dict[str, int]:

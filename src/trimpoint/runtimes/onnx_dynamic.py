@@ -35,11 +35,13 @@ class DynamicSelection:
     Args:
         weights: name of a node → the format of its weights.
         scales: name of a node → the scales, `[outputs]`, of which its weight is a multiple already.
+        gates: name of an LSTM → the same for both of its weights, `[directions, 4 × hidden]`.
         unmapped: `path: reason` for formats that cannot be realised.
     """
 
     weights: dict[str, Format] = field(default_factory=dict)
     scales: dict[str, np.ndarray] = field(default_factory=dict)
+    gates: dict[str, list[np.ndarray]] = field(default_factory=dict)
     unmapped: list[str] = field(default_factory=list)
 
 
@@ -69,6 +71,12 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> DynamicSe
                     result.unmapped.append(f"{path}: {scale}, and is rounded anew")
                 else:
                     result.scales[node.name] = scale
+            elif node.op_type == "LSTM" and f"{path}.weight_ih_l0".lstrip(".") in exported.grids:
+                found = _gate_scales(node, exported, path, stored)
+                if found is None:
+                    result.unmapped.append(f"{path}: its weight is not on its grid in the graph, and is rounded anew")
+                else:
+                    result.gates[node.name] = found
     return result
 
 
@@ -95,7 +103,8 @@ def quantize(model: ModelProto, selection: DynamicSelection) -> ModelProto:
         if node.name not in selection.weights:
             made += [] if node.output[0] in absorbed else [node]
         elif node.op_type == "LSTM":
-            made.append(_recurrent(node, selection.weights[node.name], stored, tensors))
+            wanted = selection.weights[node.name]
+            made.append(_recurrent(node, wanted, stored, tensors, selection.gates.get(node.name)))
         else:
             scale, addition = selection.scales.get(node.name), biases.get(node.name)
             weight, axis = _matrix(node, stored)
@@ -215,13 +224,46 @@ def _lookup(
     yield helper.make_node("Mul", [f"{output}_float", sizes], node.output, node.name)
 
 
+def _gate_scales(
+    node: NodeProto, exported: Exported, path: str, stored: Mapping[str, TensorProto]
+) -> list[np.ndarray] | None:
+    """Return the scales of an LSTM's weights, `[directions, 4 × hidden]` each, from the layer whose integers fit it."""
+    weights = [numpy_helper.to_array(stored[node.input[position]]) for position in (1, 2)]
+    for layer in range(len(exported.grids)):
+        found: list[np.ndarray] = []
+        for weight, kind in zip(weights, ("ih", "hh"), strict=True):
+            names = [f"{path}.weight_{kind}_l{layer}{way}".lstrip(".") for way in ("", "_reverse")[: len(weight)]]
+            grids = [grid for name in names if isinstance(grid := exported.grids.get(name), Grid)]
+            if len(grids) < len(weight):
+                return None
+            fits = [_as_stored(grid, part) for grid, part in zip(grids, weight, strict=True)]
+            found += (
+                [np.stack(scales)] if len(scales := [each for each in fits if each is not None]) == len(fits) else []
+            )
+        if len(found) == len(weights):
+            return found
+    return None
+
+
+def _as_stored(grid: Grid, weight: np.ndarray) -> np.ndarray | None:
+    """Return the scales of an LSTM's rows in the order of ONNX: input, output, forget and cell gate."""
+    codes = np.concatenate([np.split(grid.codes, 4)[place] for place in (0, 3, 1, 2)])
+    scale = grid_scales(Grid(codes=codes, scale=grid.scale, axis=0, bits=grid.bits), weight, 0)
+    return None if isinstance(scale, str) else scale
+
+
 def _recurrent(
-    node: NodeProto, wanted: Format, stored: Mapping[str, TensorProto], tensors: dict[str, TensorProto]
+    node: NodeProto,
+    wanted: Format,
+    stored: Mapping[str, TensorProto],
+    tensors: dict[str, TensorProto],
+    scales: Sequence[np.ndarray] | None = None,
 ) -> NodeProto:
     """Return what stands for an LSTM; its input and its hidden state are each rounded within the operator."""
     names, settings = list(node.input) + [""] * (8 - len(node.input)), list[str]()
     for position in (1, 2):
-        codes, scale = _integers(numpy_helper.to_array(stored[node.input[position]]), wanted)
+        given = None if scales is None else scales[position - 1]
+        codes, scale = _integers(numpy_helper.to_array(stored[node.input[position]]), wanted, given)
         codes, zero = np.swapaxes(codes, 1, 2), np.zeros(scale.shape, np.int8)
         stem = f"{node.name}_{node.input[position]}"
         names[position], *rest = _stored(stem, tensors, quantized=codes, scale=scale, zero_point=zero)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from trimpoint.compress import compress
 from trimpoint.errors import TrimpointError
 from trimpoint.filters import Filter, Glob
-from trimpoint.graph import Bypass, Codebook, find_blocks, grids_of
+from trimpoint.graph import Bypass, Codebook, OnSigns, find_blocks, grids_of
 from trimpoint.method import ALL_FACTS, Fact, Method
 from trimpoint.plan import Plan, Step
 from trimpoint.signature import flatten
@@ -210,10 +210,10 @@ def _lost_facts(result: Applied, before: nn.Module, origin: str) -> Fact:
         return Fact.PRESENT
     formats = result.compressed.formats.get(origin, {})
     probes: Mapping[Fact, Callable[[], bool]] = {
-        Fact.FLOAT_WEIGHT: lambda: "weight" in formats or not _float_weights(after) or _shares(after),
+        Fact.FLOAT_WEIGHT: lambda: "weight" in formats or not _float_weights(after) or _few(after),
         Fact.ORIGINAL_SHAPE: lambda: _shapes(before) != _shapes(after),
         # What is rounded to zero on a grid is not held there.
-        Fact.DENSE: lambda: _zeros(after) > _zeros(before) and not grids_of(after),
+        Fact.DENSE: lambda: _zeros(after) > _zeros(before) and not grids_of(after) and not _few(after),
     }
     return Fact(sum(fact.value for fact, probe in probes.items() if probe()))
 
@@ -223,8 +223,9 @@ def _float_weights(module: nn.Module) -> bool:
     return weight is None or weight.is_floating_point()
 
 
-def _shares(module: nn.Module) -> bool:
-    return any(isinstance(part, Codebook) for part in module.modules())
+def _few(module: nn.Module) -> bool:
+    """Return whether weights have a few values that are no integers."""
+    return any(isinstance(part, (Codebook, OnSigns)) for part in module.modules())
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

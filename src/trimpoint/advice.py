@@ -13,7 +13,7 @@ from trimpoint.values import Measurement, Profile
 if TYPE_CHECKING:
     from torch import nn
 
-PAYS = 1.05
+PAYS = 1.1
 """How many times as fast something must be, its interval above 1, to be worth another number format."""
 
 

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("build", "record", "context", "compress", "manifest", "parity", "model_card"),
-        *("packed", "artifact", "trust"),
+        *("packed", "artifact", "trust", "advice"),
     ),
     ("search",),
     ("report",),

@@ -234,6 +234,17 @@ def test_plan_completes_a_recipe_that_reads_back(tmp_path: Path, capsys) -> None
     assert len(data["hash"]) == 64
 
 
+def test_plan_warns_of_steps_that_make_nothing_faster_on_the_target(capsys) -> None:
+    assert main(["plan", "quantize-weights", "--set", "quantize-weights.bits=3"]) == 0
+    out, err = capsys.readouterr()
+    assert "bits = 3" in out
+    assert err.startswith("warning: `quantize-weights` with weights of 3 bits is no faster than with 4 bits")
+    assert main(["plan", "quantize-static"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["plan", "quantize-static", "--runtime", "onnxruntim"]) == 1
+    assert "did you mean `onnxruntime`?" in capsys.readouterr().err
+
+
 def test_plan_from_names_and_what_can_be_wrong_with_one(tmp_path: Path, capsys) -> None:
     assert main(["plan", "drop-blocks", "quantize-static"]) == 0
     assert capsys.readouterr().out.count("[[steps]]") == 2
@@ -352,6 +363,8 @@ def test_measure_compress_and_verify_a_model_by_reference(here: Path, capsys) ->
     out, err = capsys.readouterr()
     assert "original: accuracy on select" in out
     assert "compressed: accuracy on select" in out
+    # Eight numbers in, three out: the call takes longer than the sums, whatever their format.
+    assert "advice: int8 does not pay here" in out
     digest = out.rsplit("digest ", 1)[1].strip().removesuffix(")")
     assert err.splitlines()[0] == "measuring the unmodified model …"
 

@@ -311,6 +311,14 @@ class Method(ABC):
         """The hyper-parameters, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """The number formats that it gives the tensors of a module, known beforehand: tensor → format.
+
+        Tensors are named as in `Context.assign`. A method that gives layers different ones names that of the middle.
+        """
+        return {}
+
     @abstractmethod
     def apply(self, ctx: Context) -> None:
         """Change the model through `ctx`."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.models import LeNet5, LeNet300, LstmClassifier, MobileNet
+from benchmarks.models import Autoencoder, LeNet5, LeNet300, LstmClassifier, MobileNet, ResNet8
 from torch import nn
 
 from trimpoint.measure.static import count_macs
@@ -57,3 +57,20 @@ def test_mobilenet_takes_images_of_96_pixels() -> None:
     network = MobileNet(0.25).eval()
     assert network(torch.zeros(2, 3, 96, 96)).shape == (2, 10)
     assert network.layers(network.stem(torch.zeros(1, 3, 96, 96))).shape == (1, 256, 3, 3)
+
+
+def test_resnet8_has_the_parameters_of_the_reference() -> None:
+    """78,666 as Keras counts them, with the running means and variances."""
+    network = ResNet8()
+    running = sum(buffer.numel() for buffer in network.buffers() if buffer.ndim)
+    assert (parameters(network), parameters(network) + running) == (78_186, 78_666)
+    assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert network.stacks(network.stem(torch.zeros(1, 3, 32, 32))).shape == (1, 64, 8, 8)
+
+
+def test_the_autoencoder_has_the_parameters_of_the_reference() -> None:
+    """269,992 as Keras counts them, with the running means and variances."""
+    network = Autoencoder()
+    running = sum(buffer.numel() for buffer in network.buffers() if buffer.ndim)
+    assert parameters(network) + running == 269_992
+    assert network.eval()(torch.zeros(2, 640)).shape == (2, 640)

@@ -10,7 +10,7 @@ from trimpoint.values import Measurement, Profile
 
 STUDY = [
     *("baseline", "one_line_int8", "best", "nearest", "frontier", "trials", "target", "goal", "seconds"),
-    *("verdict", "binding", "finished", "warnings"),
+    *("verdict", "binding", "finished", "warnings", "advice"),
 ]
 POINT = [
     *("trial", "label", "plan", "artifact", "latency_ms", "latency_ratio", "latency_ratio_ci", "file_bytes"),

@@ -1,8 +1,13 @@
+import dataclasses
 import io
 
+from trimpoint.report.data import study_data
+from trimpoint.report.html import render
 from trimpoint.report.table import Table
 from trimpoint.report.text import profile_table, quality_line, study_table
+from trimpoint.report.words import advice_text
 from trimpoint.search.record import StudyRecord
+from trimpoint.values import Measurement, Profile, Trial
 
 
 def test_columns_line_up_and_nothing_is_coloured(record: StudyRecord) -> None:
@@ -30,6 +35,26 @@ def test_a_study_shows_both_references_and_the_choice(variants: dict[str, StudyR
     assert "failed: no supported operator" in study_table(variants["no int8"]).plain()
     assert "not finished" in study_table(variants["unfinished"]).plain()
     assert "Nothing has been measured yet." in study_table(variants["empty"]).plain()
+
+
+def test_a_study_advises_against_int8_where_no_artifact_of_it_is_faster(record: StudyRecord) -> None:
+    def at(trial: Trial, value: float) -> Trial:
+        speed = Measurement(value=value, unit="1", low=value - 0.02, high=value + 0.02)
+        return dataclasses.replace(trial, profile=trial.profile | Profile({"latency_ratio": speed}))
+
+    assert advice_text(record) == ""
+    quantised = next(trial for trial in record.trials if trial.role == "one_line_int8")
+    slow = dataclasses.replace(record, trials=(record.trials[0], at(quantised, 0.97)))
+    assert advice_text(slow).startswith("int8 does not pay here: 0.97× (0.95 – 0.99) of float32's speed")
+    assert f"Advice: {advice_text(slow)}." in study_table(slow).plain()
+    assert study_data(slow)["advice"] == advice_text(slow)
+    assert advice_text(slow).replace("'", "&#39;") in render(slow)
+    alone = {"seed": 0, "steps": [{"method": "quantize-static"}]}
+    better = dataclasses.replace(at(quantised, 1.4), role="candidate", plan=alone, number=2)
+    assert advice_text(dataclasses.replace(slow, trials=(*slow.trials, better))) == ""
+    mixed = {"seed": 0, "steps": [{"method": "drop-blocks"}, {"method": "quantize-static"}]}
+    smaller = dataclasses.replace(better, plan=mixed)
+    assert advice_text(dataclasses.replace(slow, trials=(*slow.trials, smaller))) == advice_text(slow)
 
 
 def test_a_profile_lists_what_could_not_be_measured(record: StudyRecord) -> None:

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimpoint.cli.arguments import add_format, setting, with_settings
+from trimpoint.cli.arguments import add_format, add_target, setting, target_of, with_settings
 from trimpoint.cli.exit_codes import DONE
-from trimpoint.cli.output import write_json, write_table
+from trimpoint.cli.output import note, write_json, write_table
 from trimpoint.errors import StorageError, UnknownNameError, suggest
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="check a recipe, or write one from method names",
         description="Check a TOML recipe and print it with all its parameters, or write one from the names of methods, "
-        "in their order: `trimpoint plan drop-blocks distill quantize-static > recipe.toml`.",
+        "in their order: `trimpoint plan drop-blocks distill quantize-static > recipe.toml`. Warns of steps that will "
+        "make nothing faster on the target.",
     )
     plan.add_argument("recipe", metavar="RECIPE", nargs="+", help="a .toml file, or names of methods")
     plan.add_argument(
@@ -42,6 +43,7 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
         metavar="METHOD.PARAMETER=VALUE",
         help="change a parameter; may be repeated",
     )
+    add_target(plan)
     plan.add_argument("--format", choices=("toml", "json"), default="toml", help="how it is written (default: toml)")
     plan.set_defaults(run=run_plan)
 
@@ -76,7 +78,11 @@ def run_methods(args: argparse.Namespace) -> int:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Check a recipe and print it."""
+    from trimpoint.advice import warnings_of
+
     plan = with_settings(read_plan(args.recipe), args.set)
+    for text in warnings_of(plan, target_of(args)):
+        note(f"warning: {text}")
     if args.format == "json":
         write_json(plan.to_data() | {"hash": plan.hash})
     else:

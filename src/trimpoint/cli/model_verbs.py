@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimpoint.cli.arguments import add_format, add_model, add_target, positive, setting, target_of, with_settings
 from trimpoint.cli.exit_codes import DONE
-from trimpoint.cli.output import write_json, write_table
+from trimpoint.cli.output import note, write_json, write_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,6 +87,7 @@ def load_model_and_task(args: argparse.Namespace) -> "tuple[nn.Module, Task]":
 
 def run_compress(args: argparse.Namespace) -> int:
     """Apply a recipe and write the artifact."""
+    from trimpoint.advice import trial_advice, warnings_of
     from trimpoint.cli.build import build_artifact
     from trimpoint.cli.method_verbs import read_plan
     from trimpoint.plan import Plan
@@ -98,8 +99,11 @@ def run_compress(args: argparse.Namespace) -> int:
     plan = with_settings(read_plan(args.plan), args.set)
     plan = plan if args.seed is None else Plan(plan.steps, args.seed)
     model, task = load_model_and_task(args)
+    for text in warnings_of(plan, target_of(args), model):
+        note(f"warning: {text}")
     with show_progress(quiet=args.quiet) as progress:
         built = build_artifact(model, task, plan, target_of(args), args.out, progress)
+    advice = trial_advice(plan.to_data(), built.trial.profile)
     if args.format == "json":
         data = {
             "artifact": args.out,
@@ -109,12 +113,14 @@ def run_compress(args: argparse.Namespace) -> int:
         }
         found = {"profile": built.trial.profile, "quality": built.trial.quality, "changes": built.trial.changes}
         baseline = {"profile": built.baseline.profile, "quality": built.baseline.quality}
-        write_json(to_data(data | found | {"baseline": baseline}))
+        write_json(to_data(data | found | {"baseline": baseline, "advice": advice or None}))
         return DONE
     write_table(profile_table(built.trial.profile, title=str(plan), ratios_to=built.baseline.profile))
     for trial in (built.baseline, built.trial):
         if trial.quality is not None:
             print(f"{'original' if trial is built.baseline else 'compressed'}: {quality_line(trial.quality)}")
+    if advice:
+        print(f"advice: {advice}")
     for group in group_changes(built.trial.changes):
         print(f"{group.count} × {group.kind} by {group.method}" + (f": {group.reason}" if group.reason else ""))
     print(f"artifact: {args.out} (digest {built.verified.digest})")

@@ -1,5 +1,6 @@
 """Eight-bit weights; activations rounded to eight bits by their range in each call."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -53,13 +54,21 @@ class QuantizeDynamic(Method):
         status="experimental",
     )
 
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """The formats of a weight and of what it is multiplied with."""
+        granularity = cast(Literal["channel", "tensor"], self.granularity)
+        return {
+            "weight": Format(dtype="int8", granularity=granularity, reduce_range=self.reduce_range),
+            "input": Format(dtype="uint8", symmetric=False, dynamic=True),
+        }
+
     def apply(self, ctx: Context) -> None:
         """Assign formats to the weights of every module in scope, and to the input of those that multiply."""
-        granularity = cast(Literal["channel", "tensor"], self.granularity)
-        weight = Format(dtype="int8", granularity=granularity, reduce_range=self.reduce_range)
+        formats = self.formats
         for site in ctx.modules():
             if isinstance(site.module, nn.Embedding):
                 ctx.assign(site.path, "weight", Format(dtype="int8", granularity="channel"))
                 continue
-            ctx.assign(site.path, "weight", weight)
-            ctx.assign(site.path, "input", Format(dtype="uint8", symmetric=False, dynamic=True))
+            ctx.assign(site.path, "weight", formats["weight"])
+            ctx.assign(site.path, "input", formats["input"])

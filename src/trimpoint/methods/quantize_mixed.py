@@ -1,7 +1,7 @@
 """Weights of as many bits as each layer needs, and 8-bit activations."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, cast
 
@@ -92,6 +92,14 @@ class QuantizeMixed(Method):
                 "allow a layer fewer bits",
             )
 
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """The formats of a weight, with the mean number of bits, and of what it is multiplied with."""
+        return {
+            "weight": Format(dtype=f"int{int(self.mean_bits)}", granularity="channel", reduce_range=True),
+            "input": Format(dtype="uint8", granularity="tensor", symmetric=False),
+        }
+
     def apply(self, ctx: Context) -> None:
         """Choose integers for every number of bits, measure what each costs, solve, and put the weights on grids."""
         paths, gates = [], list[Gate]()
@@ -134,9 +142,8 @@ class QuantizeMixed(Method):
     def _assign(self, ctx: Context, path: str, bits: int, choice: Choice, cost: float) -> None:
         reason = f"{choice.reason}; moves the answers by {cost:.2g} of their variance"
         ctx.put_on_grid(path, OnGrid(choice.scale.float(), bits, choice.axis), values=choice.values, reason=reason)
-        weight = Format(dtype=f"int{bits}", granularity="channel", symmetric=True, reduce_range=True)
-        ctx.assign(path, "weight", weight)
-        ctx.assign(path, "input", Format(dtype="uint8", granularity="tensor", symmetric=False))
+        ctx.assign(path, "weight", replace(self.formats["weight"], dtype=f"int{bits}"))
+        ctx.assign(path, "input", self.formats["input"])
 
 
 def _count(rounded: Rounded) -> int:

@@ -1,6 +1,6 @@
 """Weights of 8 bits or fewer and 8-bit activations, with scales fixed beforehand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -117,17 +117,30 @@ class QuantizeStatic(Method):
         by_inputs = self.rounding != "nearest" or self.weights not in ("auto", "largest")
         return self.bits < 8 or by_inputs or self.correct_bias or self.learned_steps
 
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """The formats of a weight and of what it is multiplied with."""
+        symmetric = self.symmetric_activations
+        return {
+            "weight": Format(
+                dtype=f"int{self.bits}",
+                granularity=cast(Literal["channel", "tensor"], self.granularity),
+                symmetric=True,
+                reduce_range=self.reduce_range,
+            ),
+            "input": Format(
+                dtype="int8" if symmetric else "uint8",
+                granularity="tensor",
+                symmetric=symmetric,
+                observer=cast(Literal["minmax", "percentile", "entropy", "mse"], self.observer),
+                percentile=self.percentile,
+            ),
+        }
+
     def apply(self, ctx: Context) -> None:
         """Assign formats to weight and input of every module in scope, and choose integers where that is asked for."""
         sites = list(ctx.modules())
-        symmetric = self.symmetric_activations
-        activations = Format(
-            dtype="int8" if symmetric else "uint8",
-            granularity="tensor",
-            symmetric=symmetric,
-            observer=cast(Literal["minmax", "percentile", "entropy", "mse"], self.observer),
-            percentile=self.percentile,
-        )
+        weight, activations = self.formats["weight"], self.formats["input"]
         if self.keep_float:
             sites = self._without_the_worst(ctx, sites, activations)
         if self._chosen:
@@ -146,13 +159,6 @@ class QuantizeStatic(Method):
             round_weights(
                 ctx, chosen, bits, self.rounding, scale, correct_bias=self.correct_bias, learned=self.learned_steps
             )
-        granularity = cast(Literal["channel", "tensor"], self.granularity)
-        weight = Format(
-            dtype=f"int{self.bits}",
-            granularity=granularity,
-            symmetric=True,
-            reduce_range=self.reduce_range,
-        )
         for site in sites:
             ctx.assign(site.path, "weight", weight)
             ctx.assign(site.path, "input", activations)

@@ -1,6 +1,6 @@
 """Weights of 8, 4, 3 or 2 bits, activations as they are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -88,6 +88,14 @@ class QuantizeWeights(Method):
                 "kernels take groups of a power of two; 0 is one scale for each output channel",
             )
 
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """The format of a weight, and that of what it is multiplied with where a kernel may round that."""
+        granularity: Literal["group", "channel"] = "group" if self.group else "channel"
+        weight = Format(dtype=f"uint{self.bits}", granularity=granularity, symmetric=self.symmetric)
+        rounded = {"input": Format(dtype="int8", granularity="group")} if self.activations == "int8" else {}
+        return {"weight": weight, **rounded}
+
     def apply(self, ctx: Context) -> None:
         """Choose the integers of every linear layer in scope and assign the formats."""
         chosen = {}
@@ -101,11 +109,8 @@ class QuantizeWeights(Method):
             grid, values = self._on_grid(chosen[path], products)
             seen = "" if products is None else ", by its inputs"
             ctx.put_on_grid(path, grid, values=values, reason=f"{self.rounding}, scale by {self.scale}{seen}")
-            granularity: Literal["group", "channel"] = "group" if self.group else "channel"
-            dtype = f"uint{self.bits}"
-            ctx.assign(path, "weight", Format(dtype=dtype, granularity=granularity, symmetric=self.symmetric))
-            if self.activations == "int8":
-                ctx.assign(path, "input", Format(dtype="int8", granularity="group"))
+            for tensor, format in self.formats.items():
+                ctx.assign(path, cast(Literal["weight", "input"], tensor), format)
 
     def _products(self, ctx: Context, chosen: dict[str, nn.Module]) -> Iterator[tuple[str, Tensor | None]]:
         """Yield each path with the mean of xxᵀ over its inputs, `None` where it saw none or that is not needed."""

@@ -61,6 +61,7 @@ class ShareWeights(Method):
         targets=("Linear", "Conv1d", "Conv2d"),
         requires=Fact.FLOAT_WEIGHT,
         removes=Fact.FLOAT_WEIGHT,
+        reduces=frozenset({"coded_bytes"}),
         status="experimental",
     )
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimpoint.report.words import advice_text
 from trimpoint.values import Certificate, Quality, Trial, to_data
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def study_data(record: "StudyRecord") -> dict[str, Any]:
     Returns:
         `baseline`, `one_line_int8`, `best` and `nearest` (each as `point` gives it, or `None`), `frontier` (a list of
         points, fastest first), `trials` (state → count), `target`, `goal`, `seconds`, and `verdict`, `binding`,
-        `finished`, `warnings`.
+        `finished`, `warnings`, `advice`.
     """
     return {
         "baseline": _measured(record, record.baseline),
@@ -38,6 +39,7 @@ def study_data(record: "StudyRecord") -> dict[str, Any]:
         "binding": record.binding,
         "finished": record.finished,
         "warnings": list(record.warnings),
+        "advice": advice_text(record) or None,
     }
 
 

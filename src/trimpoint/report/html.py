@@ -102,6 +102,7 @@ def view(record: "StudyRecord") -> dict[str, Any]:
     return {
         "record": record,
         "verdict": words.verdict_text(record),
+        "advice": words.advice_text(record),
         "goal": words.goal_text(record),
         "pictures": _pictures(dataclasses.replace(record, trials=tuple(trials)), recovery),
         "shown": shown,

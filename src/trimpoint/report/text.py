@@ -7,6 +7,7 @@ from trimpoint.report.data import frontier_trials, trial_of
 from trimpoint.report.table import Table
 from trimpoint.report.words import (
     METRIC_NAMES,
+    advice_text,
     certificate_text,
     drop_text,
     goal_text,
@@ -72,6 +73,8 @@ def _notes(record: "StudyRecord") -> Iterable[str]:
     yield verdict_text(record)
     if record.best is None and record.binding and record.binding not in verdict_text(record):
         yield f"Nothing met the goal: {record.binding}"
+    if advice := advice_text(record):
+        yield f"Advice: {advice}."
     yield f"Goal: {goal_text(record)}"
     if record.chosen is not None and record.chosen.certificate is not None:
         yield f"Certificate: {certificate_text(record.chosen.certificate)}"

@@ -206,6 +206,24 @@ def verdict_text(record: "StudyRecord") -> str:
     return f"{counted}; none meets the goal yet."
 
 
+def advice_text(record: "StudyRecord") -> str:
+    """Return advice against int8 on the target, where every artifact that differs in number formats alone shows it.
+
+    Nothing where one of them pays, or where none was measured.
+    """
+    from trimpoint.advice import measured_advice, only_numbers
+
+    timed = [
+        trial
+        for trial in record.trials
+        if "latency_ratio" in trial.profile
+        and (trial.role == "one_line_int8" or (trial.role == "candidate" and only_numbers(trial.plan)))
+    ]
+    if not timed:
+        return ""
+    return measured_advice(max(timed, key=lambda trial: trial.profile["latency_ratio"].value).profile)
+
+
 def trial_text(trial: Trial) -> str:
     """Return a trial in a few words: its label, ratio, size and score."""
     parts = [trial.label or f"trial {trial.number}"]

@@ -368,6 +368,11 @@ def test_measure_compress_and_verify_a_model_by_reference(here: Path, capsys) ->
     digest = out.rsplit("digest ", 1)[1].strip().removesuffix(")")
     assert err.splitlines()[0] == "measuring the unmodified model …"
 
+    metrics = json.loads(Path("small/profile.json").read_text())["profile"]["metrics"]
+    assert 10 < metrics["sqnr_db"]["value"] < 100
+    assert metrics["agreement[openvino]"]["value"] > 0.8
+    assert "| sqnr_db[openvino] |" in Path("small/README.md").read_text()
+
     assert main(["verify", "small", "--digest", digest, "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["digest"] == digest
     assert main([*built]) == 1

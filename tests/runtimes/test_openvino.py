@@ -67,7 +67,7 @@ def test_weights_are_stored_in_int8_and_the_graph_without_debris(cases, tmp_path
 
 
 def test_layers_between_int8_layers_are_computed_in_int8(cases, lowering):
-    directory, lowered = lowering("openvino", "resnet20", int8=True)
+    directory, lowered = lowering("openvino", "resnet8", int8=True)
     compiled = RUNTIME.open(directory, lowered).request.get_compiled_model().get_runtime_model()
     about = [op.get_rt_info() for op in compiled.get_ordered_ops()]
     kinds = [(each["layerType"].value, each["runtimePrecision"].value) for each in about]

@@ -1,7 +1,7 @@
 """One plan, applied, lowered, measured beside the unmodified model, and written as an artifact."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -68,6 +68,8 @@ def build_artifact(
         files = files_of(Path(name), trial)
         session = bench.open(files)
         inputs = [synthetic_like(batch, seed) for seed, batch in enumerate(bench.inputs.shapes.values())]
+        progress.phase("comparing with other runtimes")
+        trial = replace(trial, profile=trial.profile | bench.elsewhere(trial, plan))
         progress.phase("writing and verifying the artifact")
         digest = write_artifact(
             directory,

@@ -204,3 +204,22 @@ def _latency_metrics(result: LatencyResult, where: str) -> dict[str, Measurement
         "latency_p95_ms": measurement(result.p95_ms, "ms"),
         "throughput_per_s": measurement(result.throughput_per_s, "1/s", better="higher"),
     }
+
+
+def ratio_profile(results: Mapping[str, LatencyResult], middle: str, where: str) -> Profile:
+    """Return the interleaved ratio to the baseline (above 1 is faster) at each shape."""
+    return Profile(
+        {
+            "latency_ratio" + ("" if shape == middle else f"[{shape}]"): Measurement(
+                value=result.ratio,
+                unit="1",
+                better="higher",
+                n=result.rounds,
+                low=result.ratio_low,
+                high=result.ratio_high,
+                how="baseline ÷ this, " + result.how,
+                where=where,
+            )
+            for shape, result in results.items()
+        }
+    )

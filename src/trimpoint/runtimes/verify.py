@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ class Parity:
         cosine: smallest cosine between the two answers, over the outputs.
         agreement: share of rows of the main output whose largest entry is at the same place.
         sqnr_db: signal to quantisation noise ratio of the main output in decibels; infinite where they are equal.
+        rows: rows of the main output that were compared.
         batches: number of batches compared.
         where: output and batch of `max_rel`.
     """
@@ -36,6 +37,7 @@ class Parity:
     cosine: float
     agreement: float
     sqnr_db: float
+    rows: int
     batches: int
     where: str
 
@@ -52,14 +54,36 @@ def check_parity(module: nn.Module, session: Session, inputs: Sequence[Any]) -> 
         DataError: if there are no batches.
         ParityError: if an output has another shape or is not finite where the module's is.
     """
+    reference = copy.deepcopy(module).eval().cpu()
+
+    def answers(batch: Any) -> list[np.ndarray]:
+        with torch.no_grad():
+            return _leaves(call(reference, as_tensors(batch)))
+
+    return _compared(answers, session, inputs)
+
+
+def check_agreement(first: Session, second: Session, inputs: Sequence[Any]) -> Parity:
+    """Compare two sessions of one signature, such as a model in two runtimes.
+
+    Args:
+        first: whose answers count as the signal.
+        second: the other one.
+        inputs: batches of inputs (see `check_parity`).
+
+    Raises:
+        DataError: if there are no batches.
+        ParityError: if an output has another shape or is not finite where that of the first is.
+    """
+    return _compared(lambda batch: flatten(first(as_numpy(batch))), second, inputs)
+
+
+def _compared(answers: Callable[[Any], list[np.ndarray]], session: Session, inputs: Sequence[Any]) -> Parity:
     if len(inputs) == 0:
         raise DataError("Parity needs at least one batch of inputs. Got none.")
-    reference = copy.deepcopy(module).eval().cpu()
     tally = _Tally()
     for index, batch in enumerate(inputs):
-        with torch.no_grad():
-            wanted = _leaves(call(reference, as_tensors(batch)))
-        got = flatten(session(as_numpy(batch)))
+        wanted, got = answers(batch), flatten(session(as_numpy(batch)))
         for spec, want, have in zip(session.signature.outputs, wanted, got, strict=True):
             tally.add(want, have, f"output {spec.name!r}, batch {index}")
         tally.compare_main(wanted, got, [spec.name for spec in session.signature.outputs])
@@ -172,6 +196,7 @@ class _Tally:
             cosine=self.cosine,
             agreement=self.same / self.rows if self.rows else 1.0,
             sqnr_db=10 * math.log10(ratio) if ratio > 0 else -math.inf,
+            rows=self.rows,
             batches=batches,
             where=self.where,
         )

@@ -17,12 +17,13 @@ from trimpoint.compress import Compressed, compress
 from trimpoint.data import as_numpy
 from trimpoint.errors import StudyError
 from trimpoint.graph import edits_to_data, grids_of, input_ranges
+from trimpoint.measure.agreement import other_runtimes_profile, sample_inputs, simulation_profile
 from trimpoint.measure.environment import cpu_name
 from trimpoint.measure.inputs import capture, core_inputs
 from trimpoint.measure.latency import LatencyResult, measure_latency
 from trimpoint.measure.memory import measure_memory
 from trimpoint.measure.process import ArtifactFiles
-from trimpoint.measure.profile import artifact_profile, coded_profile, static_profile
+from trimpoint.measure.profile import artifact_profile, coded_profile, ratio_profile, static_profile
 from trimpoint.measure.quality import Evaluation, evaluate, forecast_upper, quality
 from trimpoint.method import Stage
 from trimpoint.parts import Block, Group
@@ -42,7 +43,7 @@ from trimpoint.signature import Signature
 from trimpoint.target import Target
 from trimpoint.task import Task
 from trimpoint.trust.bounds import resampled_upper
-from trimpoint.values import Measurement, Profile, Quality, Trial, from_data, to_data
+from trimpoint.values import Format, Profile, Quality, Trial, from_data, to_data
 
 CALIBRATION_SAMPLES = 512
 RECORDS = "records.npy"
@@ -270,9 +271,12 @@ class Workbench:
             ranges=input_ranges(core),
         )
 
-    def _lowered(self, made: Compressed) -> ArtifactFiles:
+    def _formats(self, made: Compressed) -> dict[str, dict[str, Format]]:
         core = f"{self.task.core}." if self.task.core else ""
-        formats = {p.removeprefix(core): f for p, f in made.formats.items() if p.startswith(core)}
+        return {path.removeprefix(core): dict(f) for path, f in made.formats.items() if path.startswith(core)}
+
+    def _lowered(self, made: Compressed) -> ArtifactFiles:
+        formats = self._formats(made)
         key = self._key("lowered", self.runtime.name, self.runtime.version(), made.plan.hash, f"{made.effort:.6f}")
         files = self._keep(
             key,
@@ -308,6 +312,18 @@ class Workbench:
 
     # Measuring
 
+    def elsewhere(self, trial: Trial, plan: Plan) -> Profile:
+        """Return how far the same plan's files for other installed runtimes are from those of its trial."""
+        made, session = self.stage(plan, 1.0), self.open(files_of(self.study, trial))
+        formats = self._formats(made)
+        data = self.calibration() if formats else ()
+        samples = self._samples(session)
+        return other_runtimes_profile(self.runtime, session, self._exported(made), formats, data, **samples)
+
+    def _samples(self, session: Session) -> dict[str, Any]:
+        inputs = sample_inputs(self.model, self.task, self.inputs, session)
+        return {"inputs": inputs, "choices": self.task.score.proportion}
+
     def _reference(self) -> tuple[ArtifactFiles, Evaluation | None]:
         if self._baseline is None:
             raise StudyError("Nothing can be compared before the baseline is measured.", "run the baseline first")
@@ -326,11 +342,12 @@ class Workbench:
         if self.coded:
             self.progress.update(text="coding")
             measured |= coded_profile(files)
-        profile = static | measured | _ratio_profile(mine, self.inputs.middle, where) | Profile(notes=disturbed)
-        found = None
+        profile = static | measured | ratio_profile(mine, self.inputs.middle, where) | Profile(notes=disturbed)
+        session, found = self.open(files), None
+        profile |= simulation_profile(self.task.core_of(made.module), session, **self._samples(session))
         if self.task.has("select"):
             self.progress.update(text="scoring on `select`")
-            evaluation = evaluate(self.open(files), self.task, "select")
+            evaluation = evaluate(session, self.task, "select")
             found = quality(evaluation, self._baseline[1] if self._baseline else None)
             if self.task.has("certify"):
                 found = replace(found, drop_forecast=self._forecast(found, evaluation))
@@ -379,22 +396,3 @@ class Workbench:
 
     def _key(self, *parts: str) -> str:
         return hashlib.sha256("\n".join((self.fingerprint, *parts)).encode()).hexdigest()[:32]
-
-
-def _ratio_profile(results: Mapping[str, LatencyResult], middle: str, where: str) -> Profile:
-    """Return the interleaved ratio to the baseline (above 1 is faster) at each shape."""
-    return Profile(
-        {
-            "latency_ratio" + ("" if shape == middle else f"[{shape}]"): Measurement(
-                value=result.ratio,
-                unit="1",
-                better="higher",
-                n=result.rounds,
-                low=result.ratio_low,
-                high=result.ratio_high,
-                how="baseline ÷ this, " + result.how,
-                where=where,
-            )
-            for shape, result in results.items()
-        }
-    )

@@ -168,8 +168,8 @@ def check(node: NodeProto, graph: ModelProto, read: np.ndarray) -> tuple[int, fl
     """Compare a layer's kernel with integers.
 
     Returns:
-        how many 16-bit sums overflow; by how many levels of its output that is off at most; whether the kernel of this
-        machine answers otherwise than sums of its kind.
+        how many 16-bit sums overflow; by how many levels of its output that is off at most (of its integer sums, where
+        the output is float32); whether the kernel of this machine answers otherwise than sums of its kind.
     """
     stored = {tensor.name: tensor for tensor in graph.graph.initializer}
     given = [stored.get(name) for name in node.input] + [None] * 2

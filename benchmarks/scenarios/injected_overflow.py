@@ -6,7 +6,8 @@ value is reached, two products overflow. What really overflows is found by other
 each layer is cut out of the fused graph and run by the kernel of this machine on what it reads of all calibration
 images, and the same is computed from integers by code of its own, with sums of 16 bits and with exact ones. A layer is
 flagged where a note of the lowering names it: that is a clean bill denied. Whether the note also says that overflows
-were seen is counted apart: the product looks at 4,096 positions of a layer, this scenario at all.
+were seen is counted apart: the product looks at 4,096 positions of a layer, this scenario at all, and at activations as
+they are without any overflow, where this scenario takes those that the kernels before have made.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +88,7 @@ def _goals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         goal("planted layers that are flagged", share("flagged"), 1.0, None, unit="1"),
         goal("overflowing layers called clean", missed, 0.0, None, better="lower", unit="layers"),
         goal("overflowing layers, flagged, overflow not seen", unseen, None, 0.0, better="lower", unit="layers"),
-        goal("layers said to have overflowed that did not", invented, 0.0, None, better="lower", unit="layers"),
+        goal("layers said to have overflowed that did not here", invented, None, 0.0, better="lower", unit="layers"),
         goal("layers that overflow with 7 bits", seven, 0.0, None, better="lower", unit="layers"),
         goal("layers where kernel and integers differ", differs, 0.0, None, better="lower", unit="layers"),
     ]
@@ -167,8 +168,8 @@ def check(node: NodeProto, graph: ModelProto, read: np.ndarray) -> tuple[int, fl
     """Compare a layer's kernel with integers.
 
     Returns:
-        how many 16-bit sums overflow; by how many levels of its output that is off at most; whether the kernel of this
-        machine answers otherwise than sums of its kind.
+        how many 16-bit sums overflow; by how many levels of its output that is off at most (of its integer sums, where
+        the output is float32); whether the kernel of this machine answers otherwise than sums of its kind.
     """
     stored = {tensor.name: tensor for tensor in graph.graph.initializer}
     given = [stored.get(name) for name in node.input] + [None] * 2

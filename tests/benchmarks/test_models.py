@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.models import LeNet300, LstmClassifier, MobileNet
+from benchmarks.models import LeNet5, LeNet300, LstmClassifier, MobileNet
 from torch import nn
 
 from trimpoint.measure.static import count_macs
@@ -10,6 +10,12 @@ from trimpoint.measure.static import count_macs
 
 def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
+
+
+def test_lenet5_has_the_parameters_of_the_literature() -> None:
+    network = LeNet5()
+    assert parameters(network) == 431_080
+    assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
 def test_lenet_has_the_parameters_of_the_literature() -> None:

@@ -1,5 +1,6 @@
 """Deep Compression: LeNet-300-100 and LeNet-5 on MNIST, pruned, of shared values, coded, and certified."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from benchmarks.checkpoints import lenet5_mnist, lenet_mnist
 from benchmarks.comparison import UNMODIFIED, Comparison, goal, kept
 from torch import nn
 
+from trimpoint.measure.process import ArtifactFiles
 from trimpoint.measure.profile import coded_profile
 from trimpoint.methods.distill import Distill
 from trimpoint.methods.prune_weights import PruneWeights
@@ -17,7 +19,6 @@ from trimpoint.task import Task
 QUESTION = "How small is a LeNet on MNIST as one coded file, at an accuracy that is certified within 0.2 points?"
 MARGIN, BATCH = 0.002, 128
 CONTROL = "unmodified, the same training"
-SHARED = {"clusters": 8, "entropy": 0.01}
 
 Row = dict[str, Any]
 
@@ -37,9 +38,10 @@ def plans(ratios: tuple[float, ...], steps: int, first: Distill, then: Distill) 
         then: training of the shared values.
     """
     found = {CONTROL: Plan(seed=0).then(first, then)}
+    share = ShareWeights(clusters=8, entropy=0.01)
     for ratio in ratios:
         prune = PruneWeights(ratio=ratio, scope="global", normalize="lamp", schedule="cubic", steps=steps)
-        found[f"{100 * ratio:g} % zeros, 8 values"] = Plan(seed=0).then(prune, first, ShareWeights(**SHARED), then)
+        found[f"{100 * ratio:g} % zeros, 8 values"] = Plan(seed=0).then(prune, first, share, then)
     return found
 
 
@@ -52,13 +54,9 @@ def compared(out: Path, network: str, model: nn.Module, task: Task, made: dict[s
     for name, plan in made.items():
         comparison.add(name, plan)
     comparison.refer_to(CONTROL)
-    sizes = {
-        name: kept(
-            out / f"coded-{index}.json",
-            lambda files=system.files: {"coded_bytes": coded_profile(files)["coded_bytes"].value},
-        )
-        for index, (name, system) in enumerate(comparison.systems.items())
-    }
+    sizes: dict[str, Row] = {}
+    for index, (name, system) in enumerate(comparison.systems.items()):
+        sizes[name] = kept(out / f"coded-{index}.json", partial(_coded, system.files))
     candidates = [name for name in made if name != CONTROL]
     likely = [name for name in candidates if comparison.expected_bound(name) <= MARGIN]
     finalist = (
@@ -74,6 +72,10 @@ def compared(out: Path, network: str, model: nn.Module, task: Task, made: dict[s
         | {"times_smaller": raw / sizes[row["system"]]["coded_bytes"]}
         for row in rows
     ]
+
+
+def _coded(files: ArtifactFiles) -> Row:
+    return {"coded_bytes": coded_profile(files)["coded_bytes"].value}
 
 
 def run(resume_dir: Path) -> dict[str, Any]:

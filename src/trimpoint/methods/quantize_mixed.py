@@ -66,6 +66,7 @@ class QuantizeMixed(Method):
     )
     fewest_bits: int = param(2, doc="of a weight of a layer", bounds=Bounds(ge=2, le=8))
     most_bits: int = param(8, doc="of a weight of a layer", bounds=Bounds(ge=2, le=8))
+    reduce_range: bool = param(True, doc="at most 7 bits, exact on CPUs without VNNI as well")
     samples: int = param(256, doc="of the calibration data by which layers are measured", bounds=Bounds(ge=1))
     rounding: str = param(
         "gptq",
@@ -96,7 +97,7 @@ class QuantizeMixed(Method):
     def formats(self) -> Mapping[str, Format]:
         """The formats of a weight, with the mean number of bits, and of what it is multiplied with."""
         return {
-            "weight": Format(dtype=f"int{int(self.mean_bits)}", granularity="channel", reduce_range=True),
+            "weight": Format(dtype=f"int{int(self.mean_bits)}", granularity="channel", reduce_range=self.reduce_range),
             "input": Format(dtype="uint8", granularity="tensor", symmetric=False),
         }
 
@@ -114,7 +115,9 @@ class QuantizeMixed(Method):
                 paths.append(site.path)
         if not paths and not gates:
             return
-        every = range(self.fewest_bits, self.most_bits + 1)
+        every = sorted(
+            {min(bits, 7 if self.reduce_range else 8) for bits in range(self.fewest_bits, self.most_bits + 1)}
+        )
         found = {path: each for path, _, each in choices(ctx, paths, every, self.rounding, "output-error")}
         fewer = sorted({min(bits, MOST_BITS) for bits in every})
         rounded = {gate: gate_choices(ctx.get(gate.path), gate, fewer) for gate in gates}

@@ -9,7 +9,13 @@ import nncf
 import numpy as np
 import onnx
 from benchmarks.comparison import Lower
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import onnx_graph, onnx_quantize
@@ -48,6 +54,27 @@ def quantize_static_by(observer: str = "minmax", *, per_channel: bool = True, re
                 per_channel=per_channel,
                 reduce_range=reduce_range,
                 calibrate_method=CALIBRATORS[observer],
+            )
+        return Lowered(runtime="onnxruntime", files={"main": (FILE,)}, signature=exported.signature)
+
+    return lower
+
+
+def quantize_dynamic_by(*, per_channel: bool = False, reduce_range: bool = False) -> Lower:
+    """Return `quantize_dynamic` of ONNX Runtime, in one line by default."""
+
+    def lower(exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:  # noqa: ARG001
+        with tempfile.TemporaryDirectory() as scratch, quiet():
+            source = Path(scratch) / "source.onnx"
+            model = onnx_quantize.preprocess(onnx_graph.parse(exported.onnx))
+            del model.graph.value_info[:]  # it fails on some of the shapes that are recorded
+            onnx.save(model, source)
+            quantize_dynamic(
+                source,
+                directory / FILE,
+                weight_type=QuantType.QInt8,
+                per_channel=per_channel,
+                reduce_range=reduce_range,
             )
         return Lowered(runtime="onnxruntime", files={"main": (FILE,)}, signature=exported.signature)
 

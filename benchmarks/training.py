@@ -48,7 +48,7 @@ class Recipe:
         augment: of training batches.
         prepare: what is done to a batch of inputs before the network sees it, after `augment`.
         smoothing: of the labels.
-        precision: of the forward pass; parameters stay float32.
+        precision: of the forward pass; parameters stay float32. bfloat16 holds where the processor computes in it.
         enough: points of accuracy on `select` that a cycle must bring for another one to follow.
         seed: of weights, order and augmentation.
     """
@@ -88,6 +88,11 @@ def accuracy(model: nn.Module, data: TensorDataset, recipe: Recipe, batch: int =
     with torch.inference_mode():
         answers = torch.cat([model(recipe.prepare(part)).argmax(-1) for part in torch.split(x, batch)])
     return int((answers == y).sum()) / len(y)
+
+
+def has_bfloat16() -> bool:
+    """Return whether the processor computes in bfloat16; elsewhere it is emulated slowly, and LSTM layers refuse it."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def train(recipe: Recipe, state: Path, roles: Roles | None = None) -> list[dict[str, Any]]:
@@ -160,7 +165,7 @@ def _epoch(model: nn.Module, optimizer: Any, recipe: Recipe, data: TensorDataset
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * share(step, total)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16" and has_bfloat16()):
             logits = model(inputs)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.smoothing)
         optimizer.zero_grad()

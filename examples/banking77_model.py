@@ -167,7 +167,11 @@ def by_length(data: Any, size: int, generator: torch.Generator | None = None) ->
 
 
 def finetune(network: nn.Module, task: Task, *, epochs: int = 5, lr: float = 2e-4) -> None:
-    """Fine-tune in place on the `train` role: AdamW, linear warm-up and decay, ten times the rate for the new head."""
+    """Fine-tune in place on the `train` role: AdamW, linear warm-up and decay, ten times the rate for the new head.
+
+    The forward pass is in bfloat16 where the processor computes in it; where it does not, that would be far slower.
+    """
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     head = [p for name, p in network.named_parameters() if name.startswith("classifier")]
@@ -181,7 +185,7 @@ def finetune(network: nn.Module, task: Task, *, epochs: int = 5, lr: float = 2e-
         network.train()
         started, losses = time.perf_counter(), []
         for inputs, intents in by_length(task.data("train"), task.batch_size, generator):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 logits = network(**inputs).logits
             loss = F.cross_entropy(logits.float(), intents)
             optimizer.zero_grad()

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from benchmarks.training import has_bfloat16
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,7 +43,7 @@ def train_cycle(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, l
         started, losses = time.perf_counter(), []
         for index in torch.randperm(len(images), generator=generator).split(batch):
             x = augment(images[index], generator).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
                 loss = F.cross_entropy(model(x), labels[index])
             optimizer.zero_grad()
             loss.backward()

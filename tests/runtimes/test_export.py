@@ -171,3 +171,29 @@ def test_a_custom_operator_is_translated_end_to_end():
     x = torch.randn(5, 3)
     answer = onnxruntime.InferenceSession(exported.onnx).run(None, {"input": x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(answer), module(x).detach())
+
+
+class _Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x, mask):
+        query, key, value = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        seen = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None].bool())
+        return seen.transpose(1, 2).flatten(2)
+
+
+def test_keys_of_attention_are_turned_by_one_operator_at_every_length():
+    torch.manual_seed(0)
+    module = _Attention().eval()
+    inputs = {"x": torch.randn(2, 7, 16), "mask": torch.ones(2, 7, dtype=torch.int64)}
+    exported = export(module, inputs, {name: {0: "batch", 1: "length"} for name in inputs})
+    model = onnx.load_model_from_string(exported.onnx)
+    assert not [node for node in model.graph.node if node.op_type == "Transpose" and len(node.attribute[0].ints) == 3]
+    session = onnxruntime.InferenceSession(exported.onnx)
+    for batch, length in ((1, 1), (3, 5)):
+        x, mask = torch.randn(batch, length, 16), torch.ones(batch, length, dtype=torch.int64)
+        mask[0, 3:] = 0
+        (found,) = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), module(x, mask).detach())

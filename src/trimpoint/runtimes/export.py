@@ -115,6 +115,7 @@ def _with_onnx(
         for value, spec in zip(values, specs, strict=True):
             onnx_graph.set_shape(value, spec.shape)
     onnx_graph.use_pooling(model)
+    onnx_graph.use_transposes(model)
     scopes = onnx_graph.compact(model, scopes)
     return replace(exported, onnx=onnx_graph.serialize(model), scopes=scopes)
 

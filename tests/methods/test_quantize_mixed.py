@@ -88,7 +88,7 @@ def test_one_number_of_bits_is_that_of_quantize_static(given):
 def test_eight_bits_are_only_given_where_sums_of_sixteen_bits_need_not_hold_them(given, reduced, most):
     model, task, _ = given
     made = compress(model, Plan().then(QuantizeMixed(mean_bits=8.0, reduce_range=reduced)), task)
-    assert {grid.bits for grid in grids_of(made.module).values()} == {most}
+    assert max(grid.bits for grid in grids_of(made.module).values()) == most
 
 
 def test_zeros_that_are_held_stay(given):

@@ -363,12 +363,13 @@ def test_measure_compress_and_verify_a_model_by_reference(here: Path, capsys) ->
     out, err = capsys.readouterr()
     assert "original: accuracy on select" in out
     assert "compressed: accuracy on select" in out
-    # Eight numbers in, three out: the call takes longer than the sums, whatever their format.
-    assert "advice: int8 does not pay here" in out
     digest = out.rsplit("digest ", 1)[1].strip().removesuffix(")")
     assert err.splitlines()[0] == "measuring the unmodified model …"
 
     metrics = json.loads(Path("small/profile.json").read_text())["profile"]["metrics"]
+    ratio = metrics["latency_ratio"]
+    pays = ratio["value"] >= 1.1 and ratio["low"] > 1
+    assert ("advice: int8 does not pay here" in out) is not pays
     assert 10 < metrics["sqnr_db"]["value"] < 100
     assert metrics["agreement[openvino]"]["value"] > 0.8
     assert "| sqnr_db[openvino] |" in Path("small/README.md").read_text()

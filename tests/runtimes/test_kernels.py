@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from trimpoint.compress import compress
+from trimpoint.methods.cast_weights import CastWeights
 from trimpoint.methods.quantize_dynamic import QuantizeDynamic
 from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.methods.quantize_weights import QuantizeWeights
+from trimpoint.methods.smooth_activations import SmoothActivations
 from trimpoint.plan import Plan
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.export import export
@@ -30,7 +32,7 @@ def test_eight_bits_are_not_warned_of(runtime):
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_fewer_bits_in_static_products_gain_nothing_over_eight(bits):
     assert "no faster than with 8 bits, and its file no smaller" in said(QuantizeStatic(bits=bits))
-    assert f"leaves int{bits} weights in float32" in said(QuantizeStatic(bits=bits), "openvino")
+    assert said(QuantizeStatic(bits=bits), "openvino") == said(QuantizeStatic(bits=bits))
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(2, ""), (3, "than with 4 bits"), (4, ""), (6, "than with 8"), (8, "")])
@@ -100,10 +102,26 @@ def test_files_of_warned_bits_are_as_large_as_those_that_the_warning_names(tmp_p
     assert static[4] == pytest.approx(static[8], rel=0.01)
 
 
-def test_openvino_leaves_in_float32_what_it_is_said_to(tmp_path):
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_sixteen_bits_make_a_smaller_file_and_no_faster_model(runtime, tmp_path):
+    pytest.importorskip(runtime)
+    layer = nn.Sequential(nn.Linear(64, 64))
+    small, whole = (
+        lowered(layer, method, runtime, (64,), tmp_path / method.name)[1]
+        for method in (CastWeights(), SmoothActivations())
+    )
+    assert small < 0.7 * whole
+    assert "not the model faster" in said(CastWeights(), runtime)
+
+
+def test_openvino_holds_weights_in_groups_in_as_many_bits_as_it_is_said_to(tmp_path):
     pytest.importorskip("openvino")
-    pytest.importorskip("nncf")
-    for number, method in enumerate((QuantizeWeights(rounding="nearest"), QuantizeStatic(bits=4))):
-        files, _ = lowered(nn.Sequential(nn.Linear(64, 64)), method, "openvino", (64,), tmp_path / str(number))
-        assert files.unmapped
-        assert said(method, "openvino")
+    layer = nn.Sequential(nn.Linear(64, 64))
+    sizes = {}
+    for bits in (2, 3, 4, 8):
+        method = QuantizeWeights(bits=bits, rounding="nearest")
+        files, sizes[bits] = lowered(layer, method, "openvino", (64,), tmp_path / str(bits))
+        assert files.unmapped == ()
+        assert bool(said(method, "openvino")) == (bits == 3)
+    assert sizes[3] == pytest.approx(sizes[4], rel=0.01)
+    assert sizes[2] < sizes[4] < sizes[8]

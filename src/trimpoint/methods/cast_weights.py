@@ -1,5 +1,6 @@
 """Weights stored as floating-point numbers of 16 bits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -44,6 +45,11 @@ class CastWeights(Method):
         status="experimental",
     )
 
+    @property
+    def formats(self) -> Mapping[str, Format]:
+        """The format of a weight."""
+        return {"weight": Format(dtype=self.dtype)}
+
     def apply(self, ctx: Context) -> None:
         """Assign the format to the weights of every module in scope that 16 bits can hold."""
         for site in ctx.modules():
@@ -52,4 +58,4 @@ class CastWeights(Method):
             if reason := next(filter(None, reasons), ""):
                 ctx.skip(site.path, reason)
             else:
-                ctx.assign(site.path, "weight", Format(dtype=self.dtype))
+                ctx.assign(site.path, "weight", self.formats["weight"])

@@ -69,6 +69,7 @@ class TernarizeWeights(Method):
         targets=("Linear", "Conv1d", "Conv2d"),
         requires=Fact.FLOAT_WEIGHT,
         removes=Fact.FLOAT_WEIGHT,
+        reduces=frozenset({"coded_bytes"}),
         status="experimental",
     )
 

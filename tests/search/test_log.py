@@ -1,10 +1,8 @@
-import signal
 import subprocess
 import sys
 import textwrap
 
 import pytest
-from sqlalchemy import event
 
 from tests.search.trials import INT8, trial
 from trimpoint.errors import StudyError
@@ -80,28 +78,30 @@ def test_the_file_is_an_ordinary_optuna_study(tmp_path):
     assert study.trials[0].values == [3.0, 70.0, -0.8]
 
 
-@pytest.fixture
-def interruptible():
-    """Let interrupts through, which a shell's background jobs ignore."""
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, usual)
+INTERRUPTED = """
+import signal, sys
+from pathlib import Path
+from sqlalchemy import event
+from trimpoint.search.log import TrialLog
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore interrupts
+log, pressed = TrialLog.in_directory(Path(sys.argv[1]), create=True), int(sys.argv[2])
+def press(*_):
+    global pressed
+    while pressed > 0:
+        pressed -= 1
+        signal.raise_signal(signal.SIGINT)
+event.listen(log._storage.engine, "before_cursor_execute", press)
+try:
+    log.note("key", 1)
+except KeyboardInterrupt:
+    print("interrupted")
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
 
 
-@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("pressed", "kept"), [(1, True), (2, False)])
 def test_an_interrupt_waits_for_the_statement_and_a_second_one_does_not(tmp_path, pressed, kept):
-    log = TrialLog.in_directory(tmp_path, create=True)
-    usual = signal.getsignal(signal.SIGINT)
-
-    def press(*_):
-        nonlocal pressed
-        while pressed > 0:
-            pressed -= 1
-            signal.raise_signal(signal.SIGINT)
-
-    event.listen(log._storage.engine, "before_cursor_execute", press)
-    with pytest.raises(KeyboardInterrupt):
-        log.note("key", 1)
-    assert signal.getsignal(signal.SIGINT) is usual
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), str(pressed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
     assert ("key" in TrialLog.in_directory(tmp_path).settings()) is kept

@@ -20,7 +20,7 @@ QUESTION = "What do training on the grid and bits by layer bring back of what fo
 EXTRA = "unmodified, the same training"
 PLAIN, FOUR, SIX = "4 bits, to nearest, scale by the largest", "4 bits, GPTQ", "6 bits, GPTQ"
 FIXED, LEARNED, MIXED = "4 bits, trained", "4 bits, trained with learned steps", "mean 4 bits, by layer"
-TRAINING = Distill(epochs=4.0, lr=0.02)
+TRAINING = Distill(epochs=2.0, lr=0.01)
 MARGIN = 0.005
 PLANS = {
     EXTRA: Plan().then(TRAINING),

@@ -36,7 +36,7 @@ def check_sequences_run(method: Method, entry: ZooEntry) -> None:
         _run(plan, entry)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=None)
 def _run(plan: Plan, entry: ZooEntry) -> None:
     model, task = entry.make()
     compressed = apply_to(plan, model, task)

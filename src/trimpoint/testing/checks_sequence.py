@@ -1,7 +1,7 @@
 """Checks of how a method goes with all others: by declared stages and facts, never by name."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 from trimpoint.errors import PlanError
 from trimpoint.method import Method, Stage
@@ -36,7 +36,7 @@ def check_sequences_run(method: Method, entry: ZooEntry) -> None:
         _run(plan, entry)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _run(plan: Plan, entry: ZooEntry) -> None:
     model, task = entry.make()
     compressed = apply_to(plan, model, task)

@@ -136,7 +136,8 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection
                     result.ranges.setdefault(name, exported.ranges[path])
             if isinstance(grid := exported.grids.get(path), Grid):
                 _fix(result, path, node, grid, stored[node.input[1]])
-    result.nodes += glue(model, set(result.nodes), weights)
+    middle = [name for name, used in result.inputs.items() if used.symmetric and not result.symmetric]
+    result.nodes += glue(model, set(result.nodes), weights, middle)
     return result
 
 

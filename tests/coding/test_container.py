@@ -182,6 +182,8 @@ def name_of(name: str, rest: bytes) -> bytes:
         (forged(name_of("../escape", packed(0, 0))), "plain paths"),
         (forged(name_of("/etc/passwd", packed(0, 0))), "plain paths"),
         (forged(name_of("a\\b", packed(0, 0))), "plain paths"),
+        (forged(packed(0, 0, 2, 1) + b"a" + packed(0, 0, 3) + b"a/b" + packed(0, 0)), "directories as well"),
+        (forged(packed(0, 0, 2, 3) + b"a/b" + packed(0, 0, 1) + b"a" + packed(0, 0)), "directories as well"),
         (forged(name_of("a", packed(2**62, 1, 5, 0)) + b"12345"), "pieces of a are not"),
         (forged(name_of("a", packed(5, 1, 5, 0)) + b"1234"), "do not fit"),
         (forged(name_of("a", packed(5, 1, 0, 5, 3, 0, 0, 5))), "at most 0"),

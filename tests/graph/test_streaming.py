@@ -184,10 +184,38 @@ def test_what_cannot_be_streamed(model, reason):
         tpt.streaming(model, torch.randn(2, 6, 8))
 
 
+class Projected(nn.Module):
+    """Takes and returns steps first, from layers with projections."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(8, 16, 2, proj_size=5)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_projections_and_steps_that_come_first():
+    torch.manual_seed(0)
+    model, x = Projected().eval(), torch.randn(7, 3, 8)
+    core = tpt.streaming(model, x, dim=0)
+    state = core.initial_state(3)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {"rnn.h": (3, 2, 5), "rnn.c": (3, 2, 16)}
+    parts = []
+    for part in x.split(2):
+        outputs, state = core(part, state)
+        parts.append(outputs)
+    torch.testing.assert_close(torch.cat(parts), model(x))
+    torch.testing.assert_close(core.in_chunks(3, dim=0)(lambda inputs: core(*inputs), x), model(x))
+
+
 def test_bad_steps_and_states(tmp_path):
     core, x = tpt.streaming(built(), torch.randn(2, 6, 8)), torch.randn(1, 6, 8)
     with pytest.raises(ModelError, match="at least 2 steps"):
         tpt.streaming(built(), x[:, :1])
+    with pytest.raises(ModelError, match="must be finite"):
+        tpt.streaming(built(), torch.full((2, 6, 8), torch.nan))
     with pytest.raises(ModelError, match="at least 1 step"):
         core.in_chunks(0)
     with pytest.raises(ModelError, match=r"'rnn.c' must be of shape \[batch, 2, 16\]"):

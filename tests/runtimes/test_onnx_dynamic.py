@@ -21,6 +21,7 @@ from trimpoint.plan import Plan, Step
 from trimpoint.quiet import quiet
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.export import export
+from trimpoint.runtimes.verify import check_parity
 from trimpoint.task import Task
 from trimpoint.values import Format
 
@@ -248,3 +249,23 @@ def test_static_and_dynamic_int8_in_one_file(tmp_path):
     assert (found["QLinearConv"], found["DynamicQuantizeLSTM"], found["DynamicQuantizeMatMul"]) == (2, 1, 1)
     answer, expected = RUNTIME.open(tmp_path, result)(data.numpy()), model(data).detach().numpy()
     assert np.linalg.norm(answer - expected) < 0.05 * np.linalg.norm(expected)
+
+
+class Tied(nn.Module):
+    """Words to words by one table: an embedding whose rows a linear layer reads, and an expanded function behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.middle, self.head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(nn.functional.mish(self.middle(self.embed(ids))))
+
+
+def test_a_linear_layer_reads_an_embedding_and_nothing_is_calibrated(tmp_path):
+    module, ids = Tied().eval(), torch.randint(0, 50, (4, 7))
+    made, session = lowered(module, ids, tmp_path)
+    assert made.unmapped == ()
+    assert check_parity(module, session, [ids]).max_rel < 0.05
+    assert kinds(tmp_path).keys() & {"QuantizeLinear", "DequantizeLinear"} == set()

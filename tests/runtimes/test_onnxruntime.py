@@ -248,3 +248,19 @@ def test_a_kernel_that_does_what_follows_as_well_goes_by_its_product(cases, tmp_
     found = sorted(operator.module for operator in operators if operator.kind.endswith(("Conv", "Gemm")))
     assert found == sorted(n for n, part in module.named_modules() if isinstance(part, (nn.Conv2d, nn.Linear)))
     assert "Relu" not in {operator.kind for operator in operators}  # each is part of a convolution's kernel
+
+
+@pytest.mark.parametrize(
+    ("bounds", "symmetric"),
+    [(nn.Hardtanh(0.5, 1.0), False), (nn.Hardtanh(-1.0, -0.5), False), (nn.ReLU(), True), (nn.ReLU6(), False)],
+)
+def test_bounds_that_rounding_does_not_keep_are_computed(bounds, symmetric, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8), bounds, nn.Linear(8, 3)).eval(), torch.randn(64, 16)
+    formats = {
+        "0": {"weight": networks.WEIGHT, "input": networks.INPUT},
+        "2": {"weight": networks.WEIGHT, "input": replace(networks.INPUT, symmetric=symmetric)},
+    }
+    exported = export(model, x, {"input": networks.BATCH})
+    made = RUNTIME.lower(exported, tmp_path, formats=formats, calibration=[as_numpy(x)])
+    assert check_parity(model, RUNTIME.open(tmp_path, made), [x]).sqnr_db > 30

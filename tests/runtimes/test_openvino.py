@@ -149,3 +149,16 @@ def test_dynamic_formats_are_eight_bit_weights_and_what_differs_is_told(tmp_path
     assert 'element_type="i8"' in (tmp_path / "model.xml").read_text()
     answer, expected = RUNTIME.open(tmp_path, result)(x.numpy()), model(x).detach().numpy()
     assert 0 < abs(answer - expected).max() < 0.02 * abs(expected).max()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_transposed_convolutions_with_one_scale_per_tensor_get_one_per_channel(symmetric, tmp_path):
+    torch.manual_seed(0)
+    layers = nn.ConvTranspose2d(6, 8, 3, stride=2), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, groups=2)
+    model, x = nn.Sequential(*layers).eval(), torch.randn(32, 6, 5, 5)
+    method = QuantizeStatic(granularity="tensor", symmetric_activations=symmetric)
+    made = compress(model, Plan().then(method), Task(calibrate=TensorDataset(x, torch.zeros(32))))
+    exported = export(made.module, x, {"input": networks.BATCH})
+    result = RUNTIME.lower(exported, tmp_path, formats=made.formats, calibration=[as_numpy(x)])
+    assert [text.split(": ")[0] for text in result.unmapped] == ["0"]
+    assert check_parity(model, RUNTIME.open(tmp_path, result), [x]).sqnr_db > 25

@@ -182,6 +182,8 @@ def _name(cursor: Cursor, head: Head) -> str:
         raise ArtifactError("The coded file is damaged: a name is no text.", DAMAGED) from error
     if not is_plain_path(name) or name in head.files:
         raise ArtifactError(f"The files of a coded file must have plain paths, each once. Got {name!r}.", DAMAGED)
+    if any(other.startswith(f"{name}/") or name.startswith(f"{other}/") for other in head.files):
+        raise ArtifactError(f"The files of a coded file must not be directories as well. Got {name!r}.", DAMAGED)
     return name
 
 

@@ -29,11 +29,12 @@ def streaming(model: nn.Module, example: Any, *, dim: int = 1) -> "Streaming":
     Args:
         model: with at least one recurrent layer; it is not changed.
         example: its inputs (tensor, tuple or mapping), with at least two steps.
-        dim: of the steps in inputs and outputs.
+        dim: of the steps in inputs and outputs; with 0, the batch is dimension 1.
 
     Raises:
-        ModelError: if there is no recurrent layer, one is bidirectional, one gets its state from the model, or the
-            answers for two chunks are not those for the whole sequence: the model looks ahead, or over all steps.
+        ModelError: if there is no recurrent layer, one is bidirectional, one gets its state from the model, the answers
+            are not finite, or those for two chunks are not those for the whole sequence: the model looks ahead, or over
+            all steps.
 
     Example:
         >>> class Tagger(nn.Module):
@@ -99,7 +100,8 @@ class Streaming(nn.Module):
         for path, layer in self.recurrent_layers():
             weight = next(layer.parameters())
             for name in ("h", "c") if isinstance(layer, nn.LSTM) else ("h",):
-                state[f"{path}.{name}"] = weight.new_zeros(batch, layer.num_layers, layer.hidden_size)
+                size = layer.proj_size if name == "h" and layer.proj_size else layer.hidden_size
+                state[f"{path}.{name}"] = weight.new_zeros(batch, layer.num_layers, size)
         return state
 
     def in_chunks(self, steps: int, *, dim: int = 1) -> "Chunks":
@@ -147,7 +149,8 @@ class Chunks:
         """
         leaves, parts = flatten(inputs), []
         length = leaves[0].shape[self.dim]
-        state: Any = {name: leaves[0].new_zeros(len(leaves[0]), *shape).float() for name, shape in self.shapes.items()}
+        batch = leaves[0].shape[1 if self.dim == 0 else 0]
+        state: Any = {name: leaves[0].new_zeros(batch, *shape).float() for name, shape in self.shapes.items()}
         for start in range(0, length, self.steps):
             cut = [
                 leaf.narrow(self.dim, start, min(self.steps, length - start))
@@ -208,6 +211,8 @@ def _check(model: Streaming, example: Any, dim: int) -> None:
         chunks = model.in_chunks(-(-steps * 2 // 3), dim=dim)(lambda inputs: call(model, inputs), example)
     model.train(was)
     for one, other in zip(flatten(whole), flatten(chunks), strict=True):
+        if not one.isfinite().all():
+            raise ModelError("The answers for the example must be finite. They are not.", "give a sample of the data")
         if one.shape != other.shape or not torch.allclose(one, other, atol=_TOLERANCE * float(one.abs().max()) + 1e-12):
             raise ModelError(
                 "The answers for two chunks must be those for the whole sequence. They are not.",

@@ -219,8 +219,9 @@ def _lookup(
     yield helper.make_node("Gather", [table, ids], [f"{output}_codes"], f"{node.name}_codes")
     yield helper.make_node("Cast", [f"{output}_codes"], [f"{output}_float"], f"{node.name}_float", to=TensorProto.FLOAT)
     if scale.ndim:
-        yield helper.make_node("Gather", [sizes, ids], [f"{output}_scale"], f"{node.name}_scale")
-        sizes = f"{output}_scale"
+        # Not `_scale`, which is what the range of this output in a call has, where a product reads it.
+        yield helper.make_node("Gather", [sizes, ids], [f"{output}_row_scale"], f"{node.name}_row_scale")
+        sizes = f"{output}_row_scale"
     yield helper.make_node("Mul", [f"{output}_float", sizes], node.output, node.name)
 
 

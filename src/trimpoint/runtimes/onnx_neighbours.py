@@ -3,9 +3,9 @@
 This module needs `onnx` (the full installation); what opens an artifact does not import it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, numpy_helper
 
 GLUE = (
     "Add",
@@ -33,14 +33,24 @@ _HANDED_ON = ("Flatten", "MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueez
 """Those that give out some of the numbers that they take in."""
 
 
-def glue(model: ModelProto, chosen: set[str], weights: set[str]) -> list[str]:
+def glue(model: ModelProto, chosen: set[str], weights: set[str], symmetric: Iterable[str] = ()) -> list[str]:
     """Return the nodes that follow quantised nodes into int8: all data that they read comes from int8 operators.
 
-    The outputs of the model are left in float32, so that they are not rounded once more.
+    The outputs of the model are left in float32, so that they are not rounded once more. So are the bounds of values
+    for which the quantiser would take rounding that does not keep them.
+
+    Args:
+        model: preprocessed.
+        chosen: names of the quantised nodes.
+        weights: names of constants.
+        symmetric: activations whose zero point is in the middle, where that is not so for all.
     """
     nodes = list(model.graph.node)
     made_by = {name: node for node in nodes for name in node.output}
-    candidates = {node.name for node in nodes if node.op_type in GLUE}
+    middle = {other for name in symmetric for other in same_numbers(model, name)}
+    bounds = {node.name for node in nodes if node.op_type in ("Relu", "Clip") and node.output[0] in middle}
+    bounds |= {node.name for node in nodes if node.op_type == "Clip" and not _holds_zero(model, node)}
+    candidates = {node.name for node in nodes if node.op_type in GLUE} - bounds
     outputs = {value.name for value in model.graph.output}
     while True:
         inside = chosen | candidates
@@ -54,6 +64,15 @@ def glue(model: ModelProto, chosen: set[str], weights: set[str]) -> list[str]:
         if kept == candidates:
             return [node.name for node in nodes if node.name in kept]
         candidates = kept
+
+
+def _holds_zero(model: ModelProto, node: NodeProto) -> bool:
+    """Return whether the bounds of a `Clip` are known, and zero lies between them, as in every range of integers."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in node.input[1:]}
+    if any(name and name not in stored for name in node.input[1:]):
+        return False
+    low, high = [numpy_helper.to_array(stored[name]) if name else 0 for name in (*node.input[1:], "", "")][:2]
+    return bool(low <= 0 <= high)
 
 
 def _fed(node: NodeProto, made_by: Mapping[str, NodeProto], inside: set[str], weights: set[str]) -> bool:

@@ -72,7 +72,7 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
 
 
 def preprocess(model: ModelProto) -> ModelProto:
-    """Return the model with constants folded and all shapes inferred, as the quantiser needs it.
+    """Return the model with constants folded, all shapes inferred and all nodes named, as the quantiser needs it.
 
     Raises:
         LoweringError: if ONNX Runtime cannot read the model.
@@ -88,12 +88,24 @@ def preprocess(model: ModelProto) -> ModelProto:
                 # Where symbolic inference gives up it leaves the weights in the working directory.
                 with chdir(directory):
                     quant_pre_process(source, target, skip_symbolic_shape=not symbolic)
-                return onnx.load(target)
+                return _named(onnx.load(target))
             except Exception as error:
                 # Symbolic inference raises a bare Exception for operators that it does not know; go on without it.
                 if not symbolic:
                     raise LoweringError(f"ONNX Runtime cannot prepare the model for int8: {error}") from error
     raise LoweringError("ONNX Runtime cannot prepare the model for int8.")
+
+
+def _named(model: ModelProto) -> ModelProto:
+    """Name, in place, the nodes of functions that were expanded (such as `Mish`): nodes are chosen by their names."""
+    taken = {node.name for node in model.graph.node}
+    for node in model.graph.node:
+        name = node.name or f"{node.op_type}_{node.output[0]}"
+        while not node.name and name in taken:
+            name += "_"
+        node.name = name
+        taken.add(name)
+    return model
 
 
 def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection:
@@ -124,7 +136,8 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection
                     result.ranges.setdefault(name, exported.ranges[path])
             if isinstance(grid := exported.grids.get(path), Grid):
                 _fix(result, path, node, grid, stored[node.input[1]])
-    result.nodes += glue(model, set(result.nodes), weights)
+    middle = [name for name, used in result.inputs.items() if used.symmetric and not result.symmetric]
+    result.nodes += glue(model, set(result.nodes), weights, middle)
     return result
 
 

@@ -111,3 +111,26 @@ def test_parameters_that_cannot_be(params, words):
 def test_needs_calibration_data(given):
     with pytest.raises(DataError, match="calibrat"):
         compress(given[0], Plan().then(QuantizeMixed()), Task())
+
+
+class Logarithm(nn.Module):
+    """Rounding its first layer to two bits makes arguments of the logarithm negative."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 2)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.eye(4) - 0.6 * torch.eye(4).roll(1, 0))
+
+    def forward(self, x):
+        return self.head(self.first(x).log())
+
+
+def test_bits_that_lead_to_answers_that_are_not_finite_are_not_chosen():
+    torch.manual_seed(0)
+    inputs = 0.8 + 0.4 * torch.rand(16, 4)
+    model, task = Logarithm().eval(), Task(calibrate=TensorDataset(inputs, torch.zeros(16)))
+    for method in (QuantizeMixed(mean_bits=6.0, rounding="nearest"), QuantizeStatic(bits=2, keep_float=1)):
+        module = compress(model, Plan().then(method), task).module
+        with torch.no_grad():
+            assert torch.isfinite(module(inputs)).all(), method

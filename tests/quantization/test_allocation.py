@@ -27,3 +27,13 @@ def test_of_equal_costs_the_lighter_choice_and_nothing_where_nothing_fits():
     weights = {("a", "fast"): 1.0, ("a", "slow"): 2.0}
     assert cheapest(costs, weights, 5.0) == {"a": "fast"}
     assert cheapest(costs, weights, 0.5) is None
+
+
+def test_a_choice_that_costs_very_much_does_not_hide_what_the_others_cost():
+    sizes, kinds = {"a": 1.0, "b": 1.0, "c": 1.0}, range(2, 8)
+    costs = {(layer, bits): {"a": 1e-3, "b": 1e-4, "c": 1e-5}[layer] * 4.0**-bits for layer in sizes for bits in kinds}
+    weights = {(layer, bits): float(bits) for layer in sizes for bits in kinds}
+    for large in (1.0, 1e8, float("inf"), float("nan")):
+        costs["c", 2] = large
+        assert cheapest(costs, weights, 12.0) == {"a": 5, "b": 4, "c": 3}, large
+    assert cheapest(costs, weights, 6.0) == {"a": 2, "b": 2, "c": 2}

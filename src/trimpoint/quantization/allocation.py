@@ -7,6 +7,9 @@ import numpy as np
 
 Choice = TypeVar("Choice", bound=Hashable)
 
+_GAIN = 1e-6
+"""Share of the cost by which solving again must gain."""
+
 
 def cheapest(
     costs: Mapping[tuple[str, Choice], float], weights: Mapping[tuple[str, Choice], float], limit: float
@@ -16,7 +19,7 @@ def cheapest(
     Of equal costs the lighter ones.
 
     Args:
-        costs: (layer, choice) → what it costs.
+        costs: (layer, choice) → what it costs; what is not finite is taken only where nothing else is within the limit.
         weights: the same keys → what it takes: bits, or seconds.
         limit: of the sum of the weights.
 
@@ -26,25 +29,49 @@ def cheapest(
     References:
         https://docs.scipy.org/doc/scipy/reference/generated/scipy.optimize.milp.html
     """
+    keys = list(costs)
+    weight, limit = _scaled(np.array([weights[key] for key in keys]), limit)
+    cost = np.array([costs[key] for key in keys])
+    finite = np.isfinite(cost)
+    cost = np.where(finite, cost, 2.0 * np.abs(cost, where=finite, out=np.zeros_like(cost)).sum() + 1e-30)
+    each = np.array([[layer == other for other, _ in keys] for layer in dict.fromkeys(layer for layer, _ in keys)])
+    taken, total = None, np.inf
+    # The solver stops within 10⁻⁶ of the largest cost. What costs more than a solution as a whole is in no better one;
+    # without it the largest cost is smaller, and what was hidden behind it shows.
+    while True:
+        found = _solved(cost, cost <= total, weight, limit, each.astype(float))
+        if found is None or not (now := float(cost[found].sum())) < total * (1 - _GAIN):
+            break
+        taken, total = found, now
+    if taken is None:
+        return None
+    return {layer: choice for (layer, choice), chosen in zip(keys, taken, strict=True) if chosen}
+
+
+def _scaled(weight: np.ndarray, limit: float) -> tuple[np.ndarray, float]:
+    scale = max(float(np.abs(weight).max()), 1e-30)
+    return weight / scale, limit / scale
+
+
+def _solved(
+    cost: np.ndarray, allowed: np.ndarray, weight: np.ndarray, limit: float, each: np.ndarray
+) -> np.ndarray | None:
+    """Return which choices are taken of those allowed, booleans, or nothing where none is within the limit."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    keys = list(costs)
-    layers = list(dict.fromkeys(layer for layer, _ in keys))
-    weight = np.array([weights[key] for key in keys])
-    scale = max(float(np.abs(weight).max()), 1e-30)
-    one_each = np.array([[layer == other for other, _ in keys] for layer in layers], dtype=float)
-    cost = np.array([costs[key] for key in keys])
-    cost = cost / max(float(np.abs(cost).max()), 1e-30) + 1e-9 * weight / scale
+    cost, weight, each = cost[allowed], weight[allowed], each[:, allowed]
     result = milp(
-        cost,
-        integrality=np.ones(len(keys)),
+        cost / max(float(np.abs(cost).max()), 1e-30) + 1e-9 * weight,
+        integrality=np.ones(len(cost)),
         options={"mip_rel_gap": 0.0},
         bounds=Bounds(0, 1),
         constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(weight[None] / scale, -np.inf, limit / scale * (1 + 1e-9)),
+            LinearConstraint(each, 1, 1),
+            LinearConstraint(weight[None], -np.inf, limit * (1 + 1e-9)),
         ],
     )
     if result.x is None:
         return None
-    return {layer: choice for (layer, choice), taken in zip(keys, result.x, strict=True) if taken > 0.5}
+    taken = np.zeros(len(allowed), dtype=bool)
+    taken[allowed] = result.x > 0.5
+    return taken

@@ -1,5 +1,6 @@
 """What it costs a model's answers when one layer is changed: forward passes on calibration data, no labels."""
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +28,7 @@ def divergence(
     """Return how far answers move when the model is changed in single ways, as a share of how far they vary.
 
     The sum of squared differences of the main output, over that of its distances from its mean; noise of layers that
-    are rounded independently adds up in it.
+    are rounded independently adds up in it. Answers that are no longer finite have moved infinitely far.
 
     Args:
         ctx: of the step.
@@ -36,7 +37,7 @@ def divergence(
         what: is done, to be reported.
 
     Raises:
-        DataError: if the task has no calibration data, or answers are not finite.
+        DataError: if the task has no calibration data, or answers of the unchanged model are not finite.
     """
     if ctx.task is None or ctx.task.calibrate is None:
         raise DataError("Measuring what layers cost needs calibration data.", "give the task a `calibrate` role")
@@ -46,7 +47,7 @@ def divergence(
     before = [_answer(model, inputs) for inputs in batches]
     rows = torch.cat([answer.flatten(0, -2) if answer.ndim > 1 else answer[:, None] for answer in before])
     spread = float((rows - rows.mean(0)).square().sum())
-    if not spread < float("inf"):
+    if not spread < math.inf:
         raise DataError("The calibration data leads to answers that are not finite.", "check it for outliers and NaNs")
     found = {}
     for done, (key, changed) in enumerate(variants.items()):
@@ -56,7 +57,8 @@ def divergence(
                 float((_answer(model, inputs) - answer).square().sum())
                 for inputs, answer in zip(batches, before, strict=True)
             )
-        found[key] = moved / spread if spread else moved
+        moved = moved / spread if spread else moved
+        found[key] = moved if math.isfinite(moved) else math.inf
     return found
 
 

@@ -194,3 +194,10 @@ def test_a_grid_that_was_tampered_with_is_refused(tmp_path, edit, scale, words):
     (tmp_path / "structure.json").write_text(json.dumps(structure))
     with pytest.raises(ArtifactError, match=words):
         rebuild(tmp_path, Indexed)
+
+
+def test_a_scale_that_training_turned_negative_is_rebuilt(tmp_path):
+    module = Indexed()
+    put_on_grid_(module, "weight", OnGrid(torch.tensor([0.1, -0.1, 0.1]), 4, learned=True))
+    save_structure(tmp_path, module, [GridEdit("", "weight", grid_to_data(module.parametrizations.weight[0]))])
+    assert torch.equal(rebuild(tmp_path, Indexed).weight, module.weight)

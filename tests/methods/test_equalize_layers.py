@@ -183,3 +183,13 @@ def test_distilled_inputs_show_batch_norms_what_they_remember():
 def test_without_statistics_or_floats_nothing_can_be_distilled(model, example, words):
     with pytest.raises(DataError, match=words):
         distilled_inputs(model, example)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_smoothing_refuses_calibration_data_that_is_not_finite(value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4)).eval()
+    inputs = torch.randn(16, 6)
+    inputs[3, 2] = value
+    with pytest.raises(DataError, match="not finite at the input of `1`"):
+        compress(model, Plan().then(SmoothActivations()), task(inputs))

@@ -8,6 +8,7 @@ from trimpoint.graph import baked
 from trimpoint.methods.prune_weights import PruneWeights
 from trimpoint.methods.share_weights import ShareWeights
 from trimpoint.plan import Plan
+from trimpoint.task import Task
 
 
 def network():
@@ -43,3 +44,16 @@ def test_weights_that_cannot_be_shared_say_why():
         "1": "its weight is tied to another module's",
         "2": "all its weights are zero",
     }
+
+
+def test_weights_that_read_zeros_alone_take_the_nearest_value():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16)).eval()
+    inputs = torch.randn(64, 8)
+    inputs[:, 3] = 0.0
+    data = [(row, 0) for row in inputs]
+    task = Task.classification(None, data, data).with_(calibrate=data)
+    made = baked(compress(model, Plan().then(ShareWeights(clusters=4, importance="inputs")), task).module)[0].weight
+    values = made.unique()
+    nearest = values[(model[0].weight[:, 3, None] - values).abs().argmin(1)]
+    assert torch.equal(made[:, 3], nearest)

@@ -149,3 +149,7 @@ def test_entropy_keeps_values_that_lie_at_the_ends(levels, values):
 def test_what_is_not_finite_is_refused(bad):
     with pytest.raises(DataError, match=r"2 of 10 values are not finite"):
         counted(np.array([bad, bad] + [1.0] * 8, dtype=np.float32))
+
+
+def test_the_range_of_no_values_is_empty():
+    assert percentile(Histogram(), 0.999) == minmax(Histogram()) == (0.0, 0.0)

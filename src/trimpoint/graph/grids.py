@@ -264,7 +264,8 @@ def _sound(grid: OnGrid | OnGroups | OnSigns) -> bool:
     if isinstance(grid, OnSigns):
         return grid.sound()
     scales = [grid.scale, grid.factor] if isinstance(grid, OnGroups) else [grid.scale]
-    sound = all(bool((torch.isfinite(each) & (each > 0)).all()) for each in scales)
+    free = isinstance(grid, OnGrid) and grid.learned  # of which the magnitude counts
+    sound = all(bool((torch.isfinite(each) & (free | (each > 0))).all()) for each in scales)
     if isinstance(grid, OnGroups):
         sound = sound and bool(((grid.zero == grid.zero.round()) & (grid.zero >= 0) & (grid.zero <= grid.top)).all())
     return sound

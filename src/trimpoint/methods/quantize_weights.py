@@ -87,6 +87,11 @@ class QuantizeWeights(Method):
                 f"{self.group!r}.",
                 "kernels take groups of a power of two; 0 is one scale for each output channel",
             )
+        if self.rounding == "hqq" and self.symmetric:
+            raise InvalidParameterError(
+                "The 'symmetric' parameter of QuantizeWeights must be False with rounding='hqq'. Got True.",
+                "what is chosen there are zero points",
+            )
 
     @property
     def formats(self) -> Mapping[str, Format]:

@@ -12,6 +12,9 @@ from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits,
 from trimpoint.quantization.codebook import cluster, initial_values
 from trimpoint.sparsity.inputs import as_matrix, from_matrix, gather, groups_of, own_forward
 
+_LEAST = 1e-9
+"""Importance of a weight that reads nothing but zeros, in shares of the mean."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShareWeights(Method):
@@ -109,7 +112,8 @@ class ShareWeights(Method):
             spread = squares.repeat_interleave(rows, 0).expand_as(as_matrix(weight))
             heavy = from_matrix(spread, weight.shape)[kept]
             mean = heavy.mean()
-            heavy = heavy / mean if mean > 0 else None
+            # What reads zeros alone still takes the nearest value, not any.
+            heavy = (heavy / mean).clamp_min(_LEAST) if mean > 0 else None
         # In units of the root mean square no square of a tiny or huge weight is lost.
         largest = chosen.abs().max()
         size = largest * (chosen / largest).square().mean().sqrt()

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from trimpoint.errors import DataError
 from trimpoint.graph.surgery import tensor_of
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
 from trimpoint.padding import calibrate_kept, rows_of
@@ -74,6 +75,12 @@ class SmoothActivations(Method):
             if seen is None:
                 ctx.skip(reads[group.name].path, "the calibration data does not run through it")
                 continue
+            if not bool(torch.isfinite(seen).all()):
+                raise DataError(
+                    f"The calibration data leads to values that are not finite at the input of "
+                    f"`{reads[group.name].path}`.",
+                    "check it for outliers and NaNs",
+                )
             activations = sizes_of(seen, reads[group.name], group.size)
             weights = torch.stack([_columns(ctx, m, group.size) for m in group.members if m.role == "in"]).amax(0)
             alive = (activations > 0) & (weights > 0)

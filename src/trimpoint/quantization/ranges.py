@@ -56,6 +56,8 @@ def percentile(histogram: Histogram, kept: float) -> Range:
         kept: share of the values in the range, in (0, 1].
     """
     lower, upper, counts = histogram.cells()
+    if not len(counts):
+        return minmax(histogram)
     ends = np.cumsum(counts)
     cut = (1.0 - kept) / 2.0 * ends[-1]
 

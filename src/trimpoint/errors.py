@@ -85,6 +85,14 @@ class StorageError(TrimpointError, OSError):
     """Something could not be written: a full disk, missing permission. Nothing half-written is left."""
 
 
+def not_finite_at(path: str) -> DataError:
+    """Return the error of calibration data that leads to NaN or infinity where a layer reads."""
+    return DataError(
+        f"The calibration data leads to values that are not finite at the input of `{path}`.",
+        "check it for outliers and NaNs",
+    )
+
+
 def suggest(name: str, known: "list[str] | tuple[str, ...]") -> str:
     """Return a hint that names the entries of `known` nearest to `name`, or all of them when none is near.
 

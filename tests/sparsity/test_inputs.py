@@ -6,9 +6,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from trimpoint.build import Build
+from trimpoint.compress import compress
 from trimpoint.context import _Context
+from trimpoint.errors import DataError
 from trimpoint.methods.prune_weights import PruneWeights
-from trimpoint.plan import Step
+from trimpoint.methods.quantize_static import QuantizeStatic
+from trimpoint.methods.quantize_weights import QuantizeWeights
+from trimpoint.methods.share_weights import ShareWeights
+from trimpoint.plan import Plan, Step
 from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, own_forward, unfolded
 from trimpoint.task import Task
 
@@ -97,3 +102,21 @@ def test_layers_with_a_forward_of_their_own_are_known():
         assert own_forward(plain) == ""
     assert own_forward(Scaled(2, 2)) == "its class Scaled has a forward pass of its own"
     assert "Bilinear has a forward pass of its own" in own_forward(nn.Bilinear(2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        PruneWeights(criterion="wanda"),
+        QuantizeStatic(rounding="gptq"),
+        QuantizeWeights(rounding="awq"),
+        ShareWeights(importance="inputs"),
+    ],
+    ids=lambda method: method.name,
+)
+def test_inputs_that_are_not_finite_are_refused(method):
+    inputs = torch.randn(16, 6)
+    inputs[3, 2] = float("nan")
+    task = Task(calibrate=[(row, 0) for row in inputs])
+    with pytest.raises(DataError, match="not finite at the input of `0`"):
+        compress(nn.Sequential(nn.Linear(6, 4)).eval(), Plan().then(method), task)

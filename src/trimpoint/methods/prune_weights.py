@@ -204,8 +204,6 @@ class PruneWeights(Method):
     def _prune(self, ctx: Context, site: Site, seen: InputStatistics) -> None:
         if seen.total is None or not seen.positions:
             return ctx.skip(site.path, "the calibration data does not run through it")
-        if not bool(torch.isfinite(seen.total).all()):
-            return ctx.skip(site.path, "its inputs are not finite")
         weight, held = weight_of(site), ~kept_by(site.module)
         pattern = None if self.pattern == DENSE else pattern_of(self.pattern)
         groups = groups_of(site.module)

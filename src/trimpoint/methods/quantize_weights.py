@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from trimpoint.errors import DataError, InvalidParameterError
+from trimpoint.errors import InvalidParameterError
 from trimpoint.graph import OnGroups, kept_by, why_not_held
 from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
 from trimpoint.quantization.groups import Groups, awq, gptq_groups, hqq, searched, widest
@@ -123,11 +123,6 @@ class QuantizeWeights(Method):
             yield from ((path, None) for path in chosen)
             return
         for path, seen in gather(ctx, chosen, products=True):
-            if seen.total is not None and not bool(torch.isfinite(seen.total).all()):
-                raise DataError(
-                    f"The calibration data leads to values that are not finite at the input of `{path}`.",
-                    "check it for outliers and NaNs",
-                )
             yield path, None if seen.total is None else seen.total[0] / seen.positions
 
     @torch.no_grad()

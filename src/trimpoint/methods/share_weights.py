@@ -6,7 +6,6 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from trimpoint.errors import DataError
 from trimpoint.graph import kept_by, why_not_held
 from trimpoint.method import Bounds, Context, Fact, Method, Site, Stage, Traits, param
 from trimpoint.quantization.codebook import cluster, initial_values
@@ -84,11 +83,6 @@ class ShareWeights(Method):
             if seen.total is None:
                 ctx.skip(path, "the calibration data does not run through it")
                 continue
-            if not bool(torch.isfinite(seen.total).all()):
-                raise DataError(
-                    f"The calibration data leads to values that are not finite at the input of `{path}`.",
-                    "check it for outliers and NaNs",
-                )
             self._share(ctx, path, sites[path], seen.total / seen.positions)
 
     def _why_not(self, site: Site) -> str:

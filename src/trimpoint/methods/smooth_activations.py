@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from trimpoint.errors import DataError
+from trimpoint.errors import not_finite_at
 from trimpoint.graph.surgery import tensor_of
 from trimpoint.method import Bounds, Context, Fact, Method, Stage, Traits, param
 from trimpoint.padding import calibrate_kept, rows_of
@@ -76,11 +76,7 @@ class SmoothActivations(Method):
                 ctx.skip(reads[group.name].path, "the calibration data does not run through it")
                 continue
             if not bool(torch.isfinite(seen).all()):
-                raise DataError(
-                    f"The calibration data leads to values that are not finite at the input of "
-                    f"`{reads[group.name].path}`.",
-                    "check it for outliers and NaNs",
-                )
+                raise not_finite_at(reads[group.name].path)
             activations = sizes_of(seen, reads[group.name], group.size)
             weights = torch.stack([_columns(ctx, m, group.size) for m in group.members if m.role == "in"]).amax(0)
             alive = (activations > 0) & (weights > 0)

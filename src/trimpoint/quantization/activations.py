@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trimpoint.errors import DataError
+from trimpoint.errors import DataError, not_finite_at
 from trimpoint.method import Context
 from trimpoint.padding import calibrate_kept, rows_of
 from trimpoint.quantization.histogram import Histogram
@@ -38,10 +38,7 @@ def input_ranges_of(ctx: Context, paths: Sequence[str], kind: Format) -> Shared:
         try:
             seen.setdefault(path, Histogram()).add(rows.detach().float().cpu().numpy())
         except DataError as error:
-            raise DataError(
-                f"The calibration data leads to values that are not finite at the input of `{path}`.",
-                "check it for outliers and NaNs",
-            ) from error
+            raise not_finite_at(path) from error
 
     calibrate_kept(ctx, see, paths)
     together: dict[tuple[int, int], list[str]] = {}

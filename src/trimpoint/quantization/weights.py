@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from trimpoint.errors import DataError, TraceError
+from trimpoint.errors import TraceError
 from trimpoint.graph import OnGrid, kept_by, why_not_held
 from trimpoint.method import Context
 from trimpoint.quantization.rounding import adaround, best_scale, error_of, gptq, nearest, widest_scale
@@ -91,11 +91,6 @@ def choices(
         ctx.report(f"choosing integers of {path}", done / len(modules))
         if seen.total is None:
             continue
-        if not bool(torch.isfinite(seen.total).all()):
-            raise DataError(
-                f"The calibration data leads to values that are not finite at the input of `{path}`.",
-                "check it for outliers and NaNs",
-            )
         module = left.pop(path)
         yield path, seen, {count: _by_inputs(module, seen, _top(count), rounding, scale) for count in bits}
     for path, module in left.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from trimpoint.errors import not_finite_at
 from trimpoint.method import Context
 from trimpoint.padding import calibrate_kept, rows_of
 
@@ -117,7 +118,7 @@ def gather(ctx: Context, modules: Mapping[str, nn.Module], *, products: bool) ->
         products: see `InputStatistics`.
 
     Raises:
-        DataError: if the task has no calibration data.
+        DataError: if the task has no calibration data, or a layer reads what is not finite.
     """
     for paths in _parts(modules, products):
         found = {path: InputStatistics(products=products) for path in paths}
@@ -127,7 +128,10 @@ def gather(ctx: Context, modules: Mapping[str, nn.Module], *, products: bool) ->
 
         calibrate_kept(ctx, see, paths)
         for path in paths:
-            yield path, found.pop(path)
+            seen = found.pop(path)
+            if seen.total is not None and not bool(torch.isfinite(seen.total).all()):
+                raise not_finite_at(path)
+            yield path, seen
 
 
 def _parts(modules: Mapping[str, nn.Module], products: bool) -> list[list[str]]:

@@ -1,4 +1,5 @@
 import hashlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,15 @@ def test_equal_modules_give_equal_bytes_in_another_process():
     data = export(networks.Recurrent(), torch.randn(3, 5, 8), {"input": {0: "batch"}}).onnx
     assert run.stdout.strip() == hashlib.sha256(data).hexdigest()
     assert run.stderr == ""
+
+
+def test_a_second_export_reads_no_sources_of_translations(cases, monkeypatch):
+    module, inputs, before, _ = cases["cnn"]
+    read, getsource = [], inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda what: read.append(what.__module__) or getsource(what))
+    again = export(module, inputs(), {"input": networks.BATCH})
+    assert again.onnx == before.onnx
+    assert not [name for name in read if name.startswith("onnxscript.")]
 
 
 def test_the_module_is_not_changed():

@@ -1,9 +1,10 @@
 """Export a PyTorch module once, as the runtimes take it: a trace with named dynamic dimensions, a clean ONNX graph."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -253,7 +254,7 @@ def _convert(program: ExportedProgram, signature: Signature, custom: Mapping[Any
         else:
             table[operator] = translation
     try:
-        with quiet():
+        with quiet(), _sources_read_once():
             result = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -268,6 +269,27 @@ def _convert(program: ExportedProgram, signature: Signature, custom: Mapping[Any
             return result.model_proto
     except torch.onnx.errors.OnnxExporterError as error:
         raise export_errors.explain_conversion(error, _PREFIX) from error
+
+
+@contextmanager
+def _sources_read_once() -> Iterator[None]:
+    """Remember what the exporter reads in the sources of its translations, which it would parse anew in each export."""
+    from onnxscript import TracedOnnxFunction
+
+    read = vars(TracedOnnxFunction).get("function_ir")
+    if not isinstance(read, property):
+        yield
+        return
+    TracedOnnxFunction.function_ir = _remembered(read)
+    try:
+        yield
+    finally:
+        TracedOnnxFunction.function_ir = read
+
+
+@cache
+def _remembered(read: property) -> property:
+    return property(cache(read.fget))  # type: ignore[arg-type]
 
 
 def _unique(names: Sequence[str], taken: Sequence[str]) -> list[str]:

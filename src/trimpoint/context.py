@@ -96,13 +96,14 @@ class _Context(Context):
     # What there is
 
     def modules(self) -> Iterator[Site]:
-        """Yield the modules in scope that still have the required facts."""
+        """Yield the modules in scope that have weights and still the required facts."""
         shared = tied_parameters(self.module)
         for path, module in list(self.module.named_modules()):
             if not self._in_scope(path, module) or not set(self._traits.targets) & set(type_names(module)):
                 continue
-            if missing := self._missing(path):
-                self.skip(path, missing)
+            empty = "its weight is empty" if any(not p.numel() for p in module.parameters(recurse=False)) else ""
+            if reason := self._missing(path) or empty:
+                self.skip(path, reason)
             else:
                 tied = any(id(p) in shared for p in module.parameters(recurse=False))
                 yield Site(path=path, origin=self._build.origin(path), module=module, tied=tied)
@@ -142,13 +143,16 @@ class _Context(Context):
         groups = {group: factors[group.name] for group in self.scalings().groups if group.name in factors}
         paths = dict.fromkeys(m.path for group in groups for m in group.members if m.role != "through")
         try:
-            rescale_(self.module, groups, self._build.inputs())
+            changed = rescale_(self.module, groups, self._build.inputs())
         except SurgeryError as error:
             for path in paths:
                 self.skip(path, error.message)
             return
         for path in paths:
-            self._record.add("assigned", path, describe(self.get(path)), "channels scaled", reason)
+            if path in changed:
+                self._record.add("assigned", path, describe(self.get(path)), "channels scaled", reason)
+            else:
+                self.skip(path, "all that would be scaled in it is zero")
 
     def resize(self, removals: Mapping[str, Sequence[int]]) -> None:
         """Remove units from groups, all at once."""

@@ -129,7 +129,7 @@ class Context(ABC):
 
     @abstractmethod
     def modules(self) -> Iterator[Site]:
-        """Yield the modules in scope (`where`, targets, required facts); the others are recorded as skipped."""
+        """Yield the modules in scope (`where`, targets, required facts, weights); others are recorded as skipped."""
 
     @abstractmethod
     def groups(self) -> tuple[Group, ...]:

@@ -295,13 +295,16 @@ def _placed(group: Group, prefix: str) -> Group:
 
 
 @torch.no_grad()
-def rescale_(module: nn.Module, factors: Mapping[Group, Tensor], inputs: Any) -> None:
+def rescale_(module: nn.Module, factors: Mapping[Group, Tensor], inputs: Any) -> set[str]:
     """Scale channels of a model, in place: all that makes them by a factor, all that reads them by its inverse.
 
     Args:
         module: the model.
         factors: group → positive factors `[size]`.
         inputs: on which it must answer as before, see `trimpoint.losses.call`.
+
+    Returns:
+        the paths of modules whose tensors have other values now.
 
     Raises:
         SurgeryError: if it does not; it is then as it was.
@@ -323,6 +326,7 @@ def rescale_(module: nn.Module, factors: Mapping[Group, Tensor], inputs: Any) ->
         for key, tensor in touched.items():
             tensor.copy_(saved[key])
         raise SurgeryError(f"The model answers otherwise when its channels are scaled, by {off:.2g} of its outputs.")
+    return {path for (path, name), tensor in touched.items() if not torch.equal(tensor, saved[path, name])}
 
 
 def _scaled(tensor: Tensor, member: Member, factors: Tensor) -> Tensor:

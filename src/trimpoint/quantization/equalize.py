@@ -16,8 +16,9 @@ def folded_scale(norm: nn.Module) -> Tensor:
 
 
 def sizes_along(tensor: Tensor, member: Member, size: int) -> Tensor:
-    """Return the largest magnitude of each unit of a group in one of its tensors, `[size]`, float64."""
-    return sizes_of(tensor.detach().double().abs().movedim(member.dim, 0).flatten(1).amax(1), member, size)
+    """Return the largest magnitude of each unit of a group in one of its tensors, `[size]`, float64; 0 of none."""
+    rows = tensor.detach().double().abs().movedim(member.dim, 0).flatten(1)
+    return sizes_of(rows.amax(1) if rows.numel() else rows.new_zeros(len(rows)), member, size)
 
 
 def sizes_of(largest: Tensor, member: Member, size: int) -> Tensor:

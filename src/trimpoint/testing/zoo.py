@@ -36,6 +36,7 @@ FEATURES = frozenset(
         "embedding",
         "frozen",
         "grouped",
+        "hollow",
         "huge_scale",
         "inner_loss",
         "linear",
@@ -311,6 +312,7 @@ def _entries() -> list[ZooEntry]:
             lambda: models.SingleChannel().eval(),
             lambda: make_task(tensors(1, 8, 8, classes=2)),
         ),
+        _entry("hollow", "linear hollow", lambda: models.Hollow().eval(), _rows(8)),
         _entry("two_inputs", "linear embedding tuple_inputs", lambda: models.TwoInputs().eval(), regress(_row)),
         _entry("bfloat16", "conv linear bfloat16", lambda: models.plain_cnn().eval().bfloat16(), half),
     ]

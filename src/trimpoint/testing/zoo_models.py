@@ -3,6 +3,8 @@
 They are as small as they can be while a method still finds something to do: channels are multiples of eight.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -367,6 +369,21 @@ class SingleChannel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Classify images."""
         return self.head(torch.tanh(self.conv2(torch.tanh(self.conv1(x)))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Hollow(nn.Module):
+    """Have layers without weights, as a width of zero leaves them: `[batch, 8]` to `[batch, 4]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        with warnings.catch_warnings(action="ignore"):  # that there is nothing to draw
+            self.unread, self.silent = nn.Linear(0, 16), nn.Linear(16, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify rows."""
+        hidden = F.relu(self.first(x) + self.unread(x[:, :0]))
+        return self.head(torch.cat([hidden, self.silent(hidden)], 1))  # type: ignore[no-any-return]
 
 
 class TwoInputs(nn.Module):

@@ -14,6 +14,7 @@ from trimpoint.graph.held import parameter_behind
 from trimpoint.graph.input_grids import InputGrid, put_input_on_grid_, take_off_grids_
 from trimpoint.losses import call, main_tensor
 from trimpoint.method import Context
+from trimpoint.padding import kept_positions
 from trimpoint.quantization.activations import input_ranges_of
 from trimpoint.quantization.weights import choices
 from trimpoint.values import Format
@@ -28,7 +29,8 @@ def divergence(
     """Return how far answers move when the model is changed in single ways, as a share of how far they vary.
 
     The sum of squared differences of the main output, over that of its distances from its mean; noise of layers that
-    are rounded independently adds up in it. Answers that are no longer finite have moved infinitely far.
+    are rounded independently adds up in it. Answers at padding do not count, where an output has one for each position.
+    Answers that are no longer finite have moved infinitely far.
 
     Args:
         ctx: of the step.
@@ -44,8 +46,13 @@ def divergence(
     model = ctx.module.eval()
     size = min(32, ctx.task.batch_size)
     batches = [inputs for inputs, _ in ctx.task.batches("calibrate", size=size, limit=samples)]
-    before = [_answer(model, inputs) for inputs in batches]
-    rows = torch.cat([answer.flatten(0, -2) if answer.ndim > 1 else answer[:, None] for answer in before])
+    whole = [main_tensor(call(model, inputs)) for inputs in batches]
+    kept = [kept_positions(inputs) for inputs in batches]
+    if any(mask is None or answer.shape[:2] != mask.shape for answer, mask in zip(whole, kept, strict=True)):
+        kept = [None] * len(batches)
+    before = [_rows(answer, mask) for answer, mask in zip(whole, kept, strict=True)]
+    alike = len({rows.shape[1] for rows in before}) == 1
+    rows = torch.cat(before if alike else [rows.reshape(-1, 1) for rows in before])
     spread = float((rows - rows.mean(0)).square().sum())
     if not spread < math.inf:
         raise DataError("The calibration data leads to answers that are not finite.", "check it for outliers and NaNs")
@@ -54,16 +61,18 @@ def divergence(
         ctx.report(f"{what} {key}", done / len(variants))
         with changed():
             moved = sum(
-                float((_answer(model, inputs) - answer).square().sum())
-                for inputs, answer in zip(batches, before, strict=True)
+                float((_rows(main_tensor(call(model, inputs)), mask) - rows).square().sum())
+                for inputs, mask, rows in zip(batches, kept, before, strict=True)
             )
         moved = moved / spread if spread else moved
         found[key] = moved if math.isfinite(moved) else math.inf
     return found
 
 
-def _answer(model: nn.Module, inputs: Any) -> Tensor:
-    return main_tensor(call(model, inputs)).double()
+def _rows(answer: Tensor, kept: Tensor | None) -> Tensor:
+    """Return an output as float64 row vectors `[positions, features]`."""
+    answer = (answer if kept is None else answer[kept]).double()
+    return answer.flatten(0, -2) if answer.ndim > 1 else answer[:, None]
 
 
 @torch.no_grad()

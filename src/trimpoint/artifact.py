@@ -19,7 +19,7 @@ from trimpoint.errors import ArtifactError, MeasurementError, StorageError, Trim
 from trimpoint.manifest import (
     MANIFEST,
     check_files,
-    check_name,
+    check_names,
     digest_of,
     is_artifact,
     model_of,
@@ -170,8 +170,7 @@ def write_artifact(
     copies |= {f"rebuild/{name}": path for name, path in _files_below(rebuild).items()}
     if taken := sorted(set(shipped) & set(RESERVED)):
         raise ArtifactError(f"A runtime's file may not be called {taken[0]!r}: the artifact has its own.")
-    for name in copies:
-        check_name(name)
+    check_names(copies)
     recorded = parity_bytes(lowered.signature, parity, tolerance or Tolerance())
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     if _content(body) != content:
         raise ArtifactError(f"{MANIFEST} does not have its own checksum.", _HINT)
-    for name in manifest["files"]:
-        check_name(name)
+    check_names(manifest["files"])
     return manifest
 
 
@@ -115,17 +114,21 @@ def is_artifact(directory: Path) -> bool:
     return isinstance(manifest, dict) and {"format", "model", "files", "checksum"} <= set(manifest)
 
 
-def check_name(name: str) -> None:
-    """Check that a file's name is a plain, portable path within the artifact.
+def check_names(names: Iterable[str]) -> None:
+    """Check that files have plain, portable paths within the artifact, which differ in more than case.
 
     Raises:
-        ArtifactError: if it is not.
+        ArtifactError: naming the first that is not so.
     """
-    if not is_plain_path(name) or name == MANIFEST:
-        raise ArtifactError(
-            f"The files of a {MANIFEST} must have plain paths within the artifact. Got {name!r}.",
-            "use letters, digits, dots, dashes and forward slashes",
-        )
+    seen: set[str] = set()
+    for name in names:
+        if not is_plain_path(name) or name == MANIFEST or name.casefold() in seen:
+            raise ArtifactError(
+                f"The files of a {MANIFEST} must have plain paths within the artifact, each once. Got {name!r}.",
+                "use letters, digits, dots, dashes and forward slashes; what differs in case alone is one file on "
+                "Windows and macOS",
+            )
+        seen.add(name.casefold())
 
 
 def own_version() -> str:

@@ -1,6 +1,7 @@
 """Writing so that a reader sees the old or the new, never half of it."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -9,17 +10,24 @@ from pathlib import Path, PurePosixPath
 
 from trimpoint.errors import ArtifactError
 
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+
 
 def is_plain_path(name: str) -> bool:
-    """Return whether a file's name is a plain, portable path that stays below its directory.
+    """Return whether a name is that of a file below a directory, on Linux, macOS and Windows alike.
 
     Example:
         >>> is_plain_path("extra/labels.txt"), is_plain_path("../labels.txt")
         (True, False)
     """
     path = PurePosixPath(name)
-    is_below = name == path.as_posix() and not path.is_absolute() and ".." not in path.parts and bool(path.parts)
-    return is_below and not any(letter in name for letter in '\\:*?"<>|\0')
+    is_below = name == path.as_posix() and not path.is_absolute() and bool(path.parts)
+    return is_below and all(map(_is_portable, path.parts))
+
+
+def _is_portable(part: str) -> bool:
+    fits = part.isprintable() and not set(part) & set('\\:*?"<>|') and len(part.encode()) <= 255
+    return fits and not part.endswith((".", " ")) and not _RESERVED.fullmatch(part)
 
 
 def sync(path: Path) -> None:

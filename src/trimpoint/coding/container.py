@@ -180,9 +180,10 @@ def _name(cursor: Cursor, head: Head) -> str:
         name = cursor.take(cursor.integer(1024, "length")).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ArtifactError("The coded file is damaged: a name is no text.", DAMAGED) from error
-    if not is_plain_path(name) or name in head.files:
+    known, key = [other.casefold() for other in head.files], name.casefold()
+    if not is_plain_path(name) or key in known:
         raise ArtifactError(f"The files of a coded file must have plain paths, each once. Got {name!r}.", DAMAGED)
-    if any(other.startswith(f"{name}/") or name.startswith(f"{other}/") for other in head.files):
+    if any(other.startswith(f"{key}/") or key.startswith(f"{other}/") for other in known):
         raise ArtifactError(f"The files of a coded file must not be directories as well. Got {name!r}.", DAMAGED)
     return name
 

@@ -213,8 +213,25 @@ def test_links_are_refused(artifact, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ("../secret", "/etc/passwd", "a/../../b", "C:\\x", "a\\b", "./a", "", "manifest.json", "a\n", "a/", "x/CON")
-    + ("aux.onnx", "end.", "end ", "\ud800", "a" * 256, "Model.ONNX"),
+    [
+        "../secret",
+        "/etc/passwd",
+        "a/../../b",
+        "C:\\x",
+        "a\\b",
+        "./a",
+        "",
+        "manifest.json",
+        "a\n",
+        "a/",
+        "x/CON",
+        "aux.onnx",
+        "end.",
+        "end ",
+        "\ud800",
+        "a" * 256,
+        "Model.ONNX",
+    ],
 )
 def test_paths_out_of_the_artifact_are_refused(artifact, name):
     from trimpoint.manifest import _content

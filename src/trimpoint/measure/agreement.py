@@ -20,6 +20,8 @@ from trimpoint.values import Measurement, Profile
 SAMPLES, BATCH_SIZE = 64, 16
 _CLEAN = 300.0
 """Decibels that stand for answers without any difference."""
+_NOISY = 10.0
+"""Decibels below which rounding is said to have spoilt the answers: their error is a third of their size."""
 
 
 def sample_inputs(model: nn.Module, task: Task, inputs: CoreInputs, session: Session) -> list[Any]:
@@ -44,7 +46,8 @@ def sample_inputs(model: nn.Module, task: Task, inputs: CoreInputs, session: Ses
 def simulation_profile(module: nn.Module, session: Session, inputs: Sequence[Any], *, choices: bool) -> Profile:
     """Return how far an artifact is from the module that it was made of, which rounds what a plan rounds in it.
 
-    Where the runtime alone rounds, as in static int8 to nearest, this is all that rounding costs.
+    Where the runtime alone rounds, as in static int8 to nearest, this is all that rounding costs; where it costs more
+    than `_NOISY` allows, a note says where that may come from.
 
     Args:
         module: what was exported.
@@ -56,7 +59,13 @@ def simulation_profile(module: nn.Module, session: Session, inputs: Sequence[Any
         ParityError: if an answer of the artifact is not finite where the module's is.
     """
     how = "the module that the plan made, against these files"
-    return _profile("", check_parity(module, session, inputs), how, choices)
+    parity = check_parity(module, session, inputs)
+    spoilt = (
+        f"rounding has spoilt the answers of these files ({parity.sqnr_db:.2g} dB above their error): calibration data "
+        'unlike the data or with outliers (take them out, or `observer="percentile"` and a lower `percentile`), or '
+        "layers that need to stay in float32 (`keep_float`)",
+    )
+    return _profile("", parity, how, choices) | Profile(notes=spoilt if parity.sqnr_db < _NOISY else ())
 
 
 def other_runtimes_profile(

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from tests.runtimes import networks
 from trimpoint.compress import compress
 from trimpoint.data import as_numpy
-from trimpoint.errors import MissingDependencyError
+from trimpoint.errors import LoweringError, MissingDependencyError
 from trimpoint.graph import baked
 from trimpoint.methods.finetune import Finetune
 from trimpoint.methods.quantize_dynamic import QuantizeDynamic
@@ -39,6 +39,14 @@ def test_static_int8_needs_no_nncf(cases, tmp_path, monkeypatch):
     module, inputs, exported, _ = cases["cnn"]
     lowered = RUNTIME.lower(exported, tmp_path, formats=networks.int8(module), calibration=[as_numpy(inputs())])
     assert lowered.unmapped == ()
+
+
+def test_operators_that_it_cannot_read_are_named(tmp_path):
+    module = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")).eval()
+    exported = export(module, torch.randn(2, 4, 16), {"input": networks.BATCH})
+    with pytest.raises(LoweringError, match=r"exported model: .*Pad: Unsupported padding mode: \[wrap\]") as caught:
+        RUNTIME.lower(exported, tmp_path)
+    assert "--runtime onnxruntime" in caught.value.hint
 
 
 def test_float32_arithmetic_is_pinned(cases, tmp_path):

@@ -1,5 +1,6 @@
 """OpenVINO on the CPU."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from trimpoint.values import Format
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 _WARM_UP = 3
 _OPTIONS = "runtime_options"
+_REFUSED = re.compile(r"^-- (\w+)-\d+ with a message:\n(.+?)\n\n", re.DOTALL | re.MULTILINE)
 """Where a file says how it is to be compiled; see `openvino.properties`."""
 
 
@@ -271,7 +273,11 @@ def _read(onnx: bytes) -> Any:
             model = openvino.Core().read_model(onnx)
             apply_moc_transformations(model, False)
     except RuntimeError as error:
-        raise LoweringError(f"OpenVINO cannot read the exported model: {error}") from error
+        reasons = [f"{kind}: {text.strip().splitlines()[-1]}" for kind, text in _REFUSED.findall(str(error))]
+        raise LoweringError(
+            f"OpenVINO cannot read the exported model: {'; '.join(reasons) or error}",
+            "ONNX Runtime may take these operators (`--runtime onnxruntime`); otherwise write them in others",
+        ) from error
     return model
 
 

@@ -220,6 +220,11 @@ def test_bad_steps_and_states(tmp_path):
         core.in_chunks(0)
     with pytest.raises(ModelError, match=r"'rnn.c' must be of shape \[batch, 2, 16\]"):
         core(x, {"rnn.h": torch.zeros(1, 2, 16)})
+    with pytest.raises(ModelError, match="Got None") as caught:
+        core(x, None)
+    assert "initial_state()" in caught.value.hint
+    with pytest.raises(ModelError, match=f"'rnn.h' must be that of {len(x)} sequences, .* Got 5"):
+        core(x, core.initial_state(5))
     session = get_runtime("onnxruntime").open(
         tmp_path, get_runtime("onnxruntime").lower(export(built(), x, {"input": {0: "batch"}}), tmp_path)
     )

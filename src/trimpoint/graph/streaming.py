@@ -71,6 +71,9 @@ class Streaming(nn.Module):
         """Run the model on whole sequences, or from a state: the last input, a mapping."""
         if state is None and inputs and isinstance(inputs[-1], Mapping):
             *inputs, state = inputs  # type: ignore[assignment]
+        if len(inputs) > 1 and inputs[-1] is None:
+            hint = "`initial_state()` gives that before the first step"
+            raise ModelError("A state must be a mapping. Got None.", hint)
         if state is None:
             return super().forward(*inputs, **named)
         after: State = {}
@@ -179,6 +182,13 @@ def _enter(path: str, state: Mapping[str, Tensor]) -> Callable[..., Any]:
             how = "packed sequences" if given is None else "its initial state from the model"
             raise ModelError(f"The layer {path!r} gets {how}, so that no state can be handed to it.")
         names = ("h", "c") if isinstance(layer, nn.LSTM) else ("h",)
+        batch = args[0].shape[0 if layer.batch_first else 1]
+        if wrong := next((name for name in names if state[f"{path}.{name}"].shape[0] != batch), None):
+            got = state[f"{path}.{wrong}"].shape[0]
+            raise ModelError(
+                f"The state '{path}.{wrong}' must be that of {batch} sequences, as many as the inputs have. Got {got}.",
+                "`initial_state(batch)` gives the state before the first step",
+            )
         parts = tuple(state[f"{path}.{name}"].transpose(0, 1).contiguous() for name in names)
         return (args[0], parts if isinstance(layer, nn.LSTM) else parts[0]), {}
 

@@ -41,6 +41,25 @@ def test_static_int8_needs_no_nncf(cases, tmp_path, monkeypatch):
     assert lowered.unmapped == ()
 
 
+class Pooled(nn.Module):
+    def __init__(self, mean):
+        super().__init__()
+        self.first, self.head, self.mean = nn.Linear(16, 16), nn.Linear(16, 5), mean
+
+    def forward(self, x):
+        return self.head(self.mean(self.first(x)))
+
+
+@pytest.mark.parametrize("mean", [lambda x: x.mean(1), lambda x: x.amax(1), lambda x: x.sum(1)])
+def test_what_is_rounded_behind_a_reduction_is_right(mean, tmp_path):
+    torch.manual_seed(0)
+    module, x = Pooled(mean).eval(), torch.randn(8, 12, 16)
+    exported = export(module, x, {"input": networks.BATCH})
+    lowered = RUNTIME.lower(exported, tmp_path, formats=networks.int8(module), calibration=[x.numpy()])
+    assert lowered.unmapped == ()
+    assert check_parity(module, RUNTIME.open(tmp_path, lowered), [x.numpy()]).sqnr_db > 25
+
+
 def test_operators_that_it_cannot_read_are_named(tmp_path):
     module = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")).eval()
     exported = export(module, torch.randn(2, 4, 16), {"input": networks.BATCH})

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import count
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 _DIGITS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -98,6 +98,26 @@ def use_pooling(model: ModelProto) -> None:
             node.op_type = "GlobalAveragePool"
             del node.input[1]
             del node.attribute[:]
+
+
+def keep_dims(model: ModelProto) -> None:
+    """Let reductions keep their dimensions, and drop them by an operator of its own, in place.
+
+    OpenVINO 2026.4 takes the rounding behind a mean into its kernel, and where the mean has dropped dimensions the
+    integers that come out are wrong.
+    """
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    for node in nodes:
+        model.graph.node.append(node)
+        dropped = [attribute for attribute in node.attribute if attribute.name == "keepdims" and not attribute.i]
+        if node.op_type.startswith("Reduce") and len(node.input) == 2 and node.input[1] and dropped:
+            made, last = node.output[0], model.graph.node[-1]
+            last.output[0] = f"{made}_kept"
+            next(attribute for attribute in last.attribute if attribute.name == "keepdims").i = 1
+            model.graph.node.append(
+                helper.make_node("Squeeze", [last.output[0], node.input[1]], [made], f"{made}_squeeze")
+            )
 
 
 def use_transposes(model: ModelProto) -> None:

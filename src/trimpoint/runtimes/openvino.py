@@ -199,6 +199,7 @@ def _quantized(
         if static.nodes:
             feeds = calibration_feeds(exported.signature, calibration)
             graph = onnx_quantize.quantize(prepared, static, feeds, biases=False)
+            onnx_graph.keep_dims(graph)
             found = saturation.saturations(graph, calibration_feeds(exported.signature, calibration))
             notes = tuple(saturation.note(each, _module_of(each.node, exported.scopes)) for each in found)
     unmapped += onnx_weights.compress(graph, exported, grouped, plain=True)

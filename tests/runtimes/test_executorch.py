@@ -202,6 +202,26 @@ def test_a_weight_format_alone_quantises_the_input_as_it_comes(tmp_path):
     assert {module for kind, module in kinds if "QD8" in kind and "Fully" in kind} == {"0", "2"}
 
 
+class Halves(nn.Module):
+    """A layer of bfloat16 beside one of float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short, self.whole = nn.Linear(8, 8, dtype=torch.bfloat16), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(self.short(x.bfloat16()).float())
+
+
+def test_weights_that_are_not_float32_are_left_as_they_are(tmp_path):
+    torch.manual_seed(0)
+    module, x = Halves().eval(), torch.randn(4, 8)
+    formats = {path: {"weight": networks.WEIGHT, "input": networks.INPUT} for path in ("short", "whole")}
+    lowered = RUNTIME.lower(traced(module, x), tmp_path, formats=formats, calibration=[as_numpy(x)])
+    assert lowered.unmapped == ("short: XNNPACK has int8 kernels for weights of float32, not bfloat16",)
+    assert check_parity(module, RUNTIME.open(tmp_path, lowered), [x]).sqnr_db > 25
+
+
 class Unsupported(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.i0(x)
@@ -215,8 +235,9 @@ def test_an_operator_that_executorch_lacks_is_named(tmp_path):
 
 def test_errors_of_the_runtime_are_ours(cases, lowering):
     session = RUNTIME.open(*lowering("executorch", "pair"))
-    with pytest.raises(ArtifactError, match=r"cannot run 'model\.pte' on these inputs"):
+    with pytest.raises(ArtifactError, match=r"cannot run 'model\.pte' on these inputs") as caught:
         session.run_flat([np.zeros((1, 4), np.float64)] * 2)
+    assert "another runtime" in caught.value.hint
 
 
 def test_the_extension_is_found_where_executorch_is_installed():

@@ -68,7 +68,10 @@ class ExecutorchSession(Session):
         try:
             outputs = self.method.call(tensors)
         except RuntimeError as error:
-            raise ArtifactError(f"ExecuTorch cannot run {self.path.name!r} on these inputs: {error}") from error
+            raise ArtifactError(
+                f"ExecuTorch cannot run {self.path.name!r} on these inputs: {error}",
+                "what its kernels lack, such as convolutions over three dimensions, shows here: choose another runtime",
+            ) from error
         return [output.numpy() for output in outputs]
 
 

@@ -291,6 +291,8 @@ def _missing(module: fx.GraphModule, path: str, nodes: Sequence[fx.Node], static
         return f"XNNPACK has no int8 kernel for {', '.join(sorted({str(node.target) for node in own}))}"
     for node in nodes:
         weight = cast(fx.Node, node.args[1]).meta["val"]
+        if weight.dtype != torch.float32:
+            return f"XNNPACK has int8 kernels for weights of float32, not {str(weight.dtype).removeprefix('torch.')}"
         grouped = node.target in _TRANSPOSED and len(node.args) > 6 and node.args[6] != 1
         if grouped:
             return "XNNPACK has no int8 kernel for a transposed convolution with groups"

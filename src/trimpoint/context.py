@@ -152,7 +152,7 @@ class _Context(Context):
             if path in changed:
                 self._record.add("assigned", path, describe(self.get(path)), "channels scaled", reason)
             else:
-                self.skip(path, "all that would be scaled in it is zero")
+                self.skip(path, "scaling changes none of its numbers")
 
     def resize(self, removals: Mapping[str, Sequence[int]]) -> None:
         """Remove units from groups, all at once."""

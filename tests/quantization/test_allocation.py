@@ -37,3 +37,21 @@ def test_a_choice_that_costs_very_much_does_not_hide_what_the_others_cost():
         costs["c", 2] = large
         assert cheapest(costs, weights, 12.0) == {"a": 5, "b": 4, "c": 3}, large
     assert cheapest(costs, weights, 6.0) == {"a": 2, "b": 2, "c": 2}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_layer_of_a_few_weights_beside_one_of_millions_keeps_to_the_limit_as_well(seed):
+    rng = np.random.default_rng(seed)
+    sizes = {"tiny": int(rng.integers(1, 40)), "large": int(rng.integers(1, 40)) * 10**6, "wide": 1_241_519}
+    weights = {(layer, bits): float(bits * size) for layer, size in sizes.items() for bits in range(2, 8)}
+    costs = {(layer, bits): float(rng.lognormal(0, 6)) * 4.0**-bits for layer, bits in weights}
+    for mean in (2.0, 3.0, 4.0, 6.0):
+        found = cheapest(costs, weights, mean * sum(sizes.values()))
+        assert sum(weights[each] for each in found.items()) <= mean * sum(sizes.values())
+        uniform = sum(costs[layer, int(mean)] for layer in sizes)
+        assert sum(costs[each] for each in found.items()) <= uniform * (1 + 1e-5)
+    assert cheapest(costs, weights, 1.999 * sum(sizes.values())) is None
+
+
+def test_nothing_to_choose():
+    assert cheapest({}, {}, 1.0) == {}

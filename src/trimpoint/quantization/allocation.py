@@ -9,6 +9,8 @@ Choice = TypeVar("Choice", bound=Hashable)
 
 _GAIN = 1e-6
 """Share of the cost by which solving again must gain."""
+_ROUNDING = 1e-9
+"""Share of the limit that sums of many numbers may be off by."""
 
 
 def cheapest(
@@ -19,7 +21,8 @@ def cheapest(
     Of equal costs the lighter ones.
 
     Args:
-        costs: (layer, choice) → what it costs; what is not finite is taken only where nothing else is within the limit.
+        costs: (layer, choice) → what it costs, at least 0; what is not finite is taken only where nothing else is
+            within the limit.
         weights: the same keys → what it takes: bits, or seconds.
         limit: of the sum of the weights.
 
@@ -29,6 +32,8 @@ def cheapest(
     References:
         https://docs.scipy.org/doc/scipy/reference/generated/scipy.optimize.milp.html
     """
+    if not costs:
+        return {}
     keys = list(costs)
     weight, limit = _scaled(np.array([weights[key] for key in keys]), limit)
     cost = np.array([costs[key] for key in keys])
@@ -60,18 +65,28 @@ def _solved(
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     cost, weight, each = cost[allowed], weight[allowed], each[:, allowed]
-    result = milp(
-        cost / max(float(np.abs(cost).max()), 1e-30) + 1e-9 * weight,
-        integrality=np.ones(len(cost)),
-        options={"mip_rel_gap": 0.0},
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(each, 1, 1),
-            LinearConstraint(weight[None], -np.inf, limit * (1 + 1e-9)),
-        ],
-    )
-    if result.x is None:
+    limit = room = limit + _ROUNDING * abs(limit)
+    best = np.zeros(len(cost), dtype=bool)
+    best[[min(np.flatnonzero(row), key=lambda i: (weight[i], cost[i])) for row in each]] = True
+    if weight[best].sum() > limit:
         return None
+    # The solver takes what is over the limit by 10⁻⁶ of a large layer, which may be more than a small layer has: so it
+    # gets less room until what it finds fits. Where that is no room at all, only the lightest choices do.
+    while True:
+        result = milp(
+            cost / max(float(np.abs(cost).max()), 1e-30) + 1e-9 * weight,
+            integrality=np.ones(len(cost)),
+            options={"mip_rel_gap": 0.0},
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(each, 1, 1), LinearConstraint(weight[None], -np.inf, room)],
+        )
+        if result.x is None:
+            break
+        over = weight[result.x > 0.5].sum() - limit
+        if over <= 0:
+            best = result.x > 0.5
+            break
+        room -= 2 * over
     taken = np.zeros(len(allowed), dtype=bool)
-    taken[allowed] = result.x > 0.5
+    taken[allowed] = best
     return taken

@@ -101,6 +101,10 @@ def test_what_is_no_artifact_or_no_coded_file_is_refused(artifact: Path, tmp_pat
         pack_artifact(artifact, other)
     with pytest.raises(ArtifactError, match="must be the directory of an artifact"):
         pack_artifact(tmp_path, tmp_path / "a.tpz")
+    before = contents(artifact)
+    with pytest.raises(ArtifactError, match="must lie outside of the artifact"):
+        pack_artifact(artifact, artifact / "extra" / "a.tpz")
+    assert contents(artifact) == before
     for read in (open_artifact, verify_artifact, lambda path: unpack_artifact(path, tmp_path / "out")):
         with pytest.raises(ArtifactError, match="must be a coded file") as caught:
             read(other)

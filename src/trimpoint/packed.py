@@ -85,6 +85,11 @@ def pack_artifact(
             f"{file.name!r} must be new or a coded file. It is something else and was left alone.",
             "choose another name, such as model.tpz",
         )
+    if file.resolve().is_relative_to(directory.resolve()):
+        raise ArtifactError(
+            f"The coded file must lie outside of the artifact, whose files are only its own. Got {file.name!r} within.",
+            "choose another directory",
+        )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary:

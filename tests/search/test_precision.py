@@ -88,7 +88,7 @@ def test_a_limit_that_nothing_meets_says_how_fast_it_gets(model, task):
     assert "latency" in caught.value.hint
 
 
-@pytest.mark.parametrize("latency", [0, 1.0, -1, float("nan")])
+@pytest.mark.parametrize("latency", [0, 1.0, -1, float("nan"), "0.5"])
 def test_a_limit_out_of_range_is_refused(model, task, latency):
     with pytest.raises(InvalidParameterError, match=r"must be in \(0, 1\)"):
         precision_by_layer(model, task, latency=latency)

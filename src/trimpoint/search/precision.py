@@ -99,7 +99,7 @@ def precision_by_layer(
     References:
         Yao et al., "HAWQ-V3: dyadic neural network quantization" (2021), for the integer program under a latency limit.
     """
-    if not 0 < latency < 1:
+    if not isinstance(latency, (int, float)) or not 0 < latency < 1:
         raise InvalidParameterError(
             f"The 'latency' parameter of precision_by_layer must be in (0, 1). Got {latency!r}.",
             "0.5 asks for half of the unmodified model's latency",

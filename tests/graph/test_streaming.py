@@ -218,18 +218,63 @@ def test_bad_steps_and_states(tmp_path):
         tpt.streaming(built(), torch.full((2, 6, 8), torch.nan))
     with pytest.raises(ModelError, match="at least 1 step"):
         core.in_chunks(0)
-    with pytest.raises(ModelError, match=r"'rnn.c' must be of shape \[batch, 2, 16\]"):
-        core(x, {"rnn.h": torch.zeros(1, 2, 16)})
-    with pytest.raises(ModelError, match="Got None") as caught:
-        core(x, None)
-    assert "initial_state()" in caught.value.hint
-    with pytest.raises(ModelError, match=f"'rnn.h' must be that of {len(x)} sequences, .* Got 5"):
-        core(x, core.initial_state(5))
+    first = core.initial_state()
+    for state, reason in (
+        ({"rnn.h": first["rnn.h"]}, r"'rnn.c' must be a tensor of shape \[batch, 2, 16\] .*Got NoneType"),
+        (first | {"rnn.h": first["rnn.h"].double()}, r"Got \[1, 2, 16\] torch.float64"),
+        (first | {"rnn.h": first["rnn.h"].numpy()}, "Got ndarray"),
+        (first | {"rnn.h": first["rnn.h"][0]}, r"Got \[2, 16\]"),
+        (core.initial_state(2), "'rnn.h' must be of the batch of the inputs, 1. Got 2"),
+        (first | {"rnn.c": core.initial_state(2)["rnn.c"]}, "'rnn.c' must be of the batch"),
+        (None, "does not take these inputs"),
+        ((first["rnn.h"], first["rnn.c"]), "does not take these inputs"),
+    ):
+        with pytest.raises(ModelError, match=reason):
+            core(x, state)
+    with pytest.raises(ModelError, match="must read batches"):
+        core(x[0], first)
+    for dim, steps, reason in ((1, 2.5, "whole number"), (-2, 2, "counted from the first")):
+        with pytest.raises(ModelError, match=reason):
+            core.in_chunks(steps, dim=dim)
+    for inputs in (x[:, :0], x[0, 0]):
+        with pytest.raises(DataError, match="at least 1 step"):
+            core.in_chunks(2)(lambda given: core(*given), inputs)
     session = get_runtime("onnxruntime").open(
         tmp_path, get_runtime("onnxruntime").lower(export(built(), x, {"input": {0: "batch"}}), tmp_path)
     )
     with pytest.raises(DataError, match="must be its state"):
         Stream(session, session.signature)
+
+
+class Twice(Tagger):
+    """Has its layer under two names, and takes its input in a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.rnn
+
+    def forward(self, inputs):
+        return self.head(self.again(inputs["x"])[0])
+
+
+def test_a_layer_with_two_names_and_inputs_in_a_mapping(tmp_path):
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(2, 6, 8)
+    core = tpt.streaming(model, ({"x": x},))
+    assert list(core.initial_state()) == ["rnn.h", "rnn.c"]
+    names = {"x": {0: "batch", 1: "length"}, **{name: {0: "batch"} for name in core.initial_state()}}
+    exported = export(core, ({"x": x[:, :1]}, core.initial_state(2)), names)
+    runtime = get_runtime("onnxruntime")
+    session = runtime.open(tmp_path, runtime.lower(exported, tmp_path))
+    state = {name: tensor.numpy() for name, tensor in core.initial_state(2).items()}
+    outputs, _ = session(({"x": x.numpy()}, state))
+    np.testing.assert_allclose(outputs, model({"x": x}).detach().numpy(), atol=1e-5)
+
+
+def test_models_in_float64_and_those_that_stream_already():
+    model, x = built().double(), torch.randn(2, 6, 8, dtype=torch.float64)
+    core = tpt.streaming(tpt.streaming(model, x), x)
+    torch.testing.assert_close(core.in_chunks(4)(lambda inputs: core(*inputs), x), model(x))
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])

@@ -1,7 +1,8 @@
 """Recurrent models that run chunk by chunk: the state of their layers becomes an input and an output."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from trimpoint.errors import ModelError
+from trimpoint.errors import DataError, ModelError
 from trimpoint.losses import call, explained
 from trimpoint.signature import flatten, structure_of, unflatten
 
@@ -53,7 +54,8 @@ def streaming(model: nn.Module, example: Any, *, dim: int = 1) -> "Streaming":
     if isinstance(model, nn.RNNBase):
         raise ModelError("The model is itself a recurrent layer.", "make a module that has it, and returns its output")
     result = copy.deepcopy(model)
-    result.__class__ = type(f"Streaming{type(model).__name__}", (Streaming, type(model)), {})
+    if not isinstance(model, Streaming):
+        result.__class__ = type(f"Streaming{type(model).__name__}", (Streaming, type(model)), {})
     made = cast(Streaming, result)
     if not list(made.recurrent_layers()):
         raise ModelError("The model has no `nn.LSTM`, `nn.GRU` or `nn.RNN` whose state could be carried.")
@@ -68,13 +70,11 @@ class Streaming(nn.Module):
     """What `streaming` adds to the class of a model."""
 
     def forward(self, *inputs: Any, state: Mapping[str, Tensor] | None = None, **named: Any) -> Any:
-        """Run the model on whole sequences, or from a state: the last input, a mapping."""
-        if state is None and inputs and isinstance(inputs[-1], Mapping):
+        """Run the model on whole sequences, or from a state: the last of several inputs, a mapping."""
+        if state is None and len(inputs) > 1 and isinstance(inputs[-1], Mapping):
             *inputs, state = inputs  # type: ignore[assignment]
-        if len(inputs) > 1 and inputs[-1] is None:
-            hint = "`initial_state()` gives that before the first step"
-            raise ModelError("A state must be a mapping. Got None.", hint)
         if state is None:
+            self._check_inputs(inputs, named)
             return super().forward(*inputs, **named)
         after: State = {}
         self._check_state(state)
@@ -93,8 +93,11 @@ class Streaming(nn.Module):
 
     def recurrent_layers(self) -> Iterator[tuple[str, nn.RNNBase]]:
         """Yield the paths and layers that have a state."""
+        found = set()
         for path, module in self.named_modules():
-            if isinstance(module, nn.RNNBase):
+            # While `torch.export` traces, each path of a module has its own stand-in; they share what it holds.
+            if isinstance(module, nn.RNNBase) and id(vars(module)) not in found:
+                found.add(id(vars(module)))
                 yield path, module
 
     def initial_state(self, batch: int = 1) -> State:
@@ -114,15 +117,32 @@ class Streaming(nn.Module):
             steps: in a chunk, at least 1; the last one of a sequence may be shorter.
             dim: of the steps in inputs and outputs.
         """
-        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in self.initial_state().items()}
-        return Chunks(steps=steps, shapes=shapes, dim=dim)
+        state = self.initial_state()
+        shapes = {name: tuple(tensor.shape[1:]) for name, tensor in state.items()}
+        return Chunks(steps=steps, shapes=shapes, dim=dim, dtype=next(iter(state.values())).dtype)
+
+    def _check_inputs(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> None:
+        try:
+            inspect.signature(super().forward).bind(*inputs, **named)
+        except TypeError as error:
+            raise ModelError(
+                f"The model does not take these inputs: {error}.",
+                "a state is a mapping, as `initial_state(batch)` gives it; leave it out for whole sequences",
+            ) from error
 
     def _check_state(self, state: Mapping[str, Tensor]) -> None:
         for name, wanted in self.initial_state().items():
-            if name not in state or tuple(state[name].shape[1:]) != tuple(wanted.shape[1:]):
-                got = list(state[name].shape) if name in state else "none"
+            given = state.get(name)
+            if not (
+                isinstance(given, Tensor)
+                and given.dtype == wanted.dtype
+                and given.ndim == 3
+                and given.shape[1:] == wanted.shape[1:]
+            ):
+                got = f"{list(given.shape)} {given.dtype}" if isinstance(given, Tensor) else type(given).__name__
                 raise ModelError(
-                    f"The state {name!r} must be of shape [batch, {wanted.shape[1]}, {wanted.shape[2]}]. Got {got}.",
+                    f"The state {name!r} must be a tensor of shape [batch, {wanted.shape[1]}, {wanted.shape[2]}] and "
+                    f"{wanted.dtype}. Got {got}.",
                     "remove hidden units before the model is made streaming; `initial_state()` gives the state",
                 )
 
@@ -135,15 +155,19 @@ class Chunks:
         steps: in a chunk.
         shapes: of each tensor of the state, without the batch.
         dim: of the steps in inputs and outputs.
+        dtype: of the state.
     """
 
     steps: int
     shapes: Mapping[str, tuple[int, ...]]
     dim: int = 1
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ModelError(f"A chunk must have at least 1 step. Got {self.steps}.")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ModelError(f"A chunk must have at least 1 step, a whole number. Got {self.steps}.")
+        if self.dim < 0:
+            raise ModelError(f"The dimension of the steps must be counted from the first one, 0. Got {self.dim}.")
 
     def __call__(self, run: Callable[[Any], Any], inputs: Any) -> Any:
         """Return the outputs for whole sequences, from `run((chunk, state))` one after another.
@@ -151,9 +175,11 @@ class Chunks:
         Only inputs that have as many steps as the first one are cut; the others go into every call.
         """
         leaves, parts = flatten(inputs), []
-        length = leaves[0].shape[self.dim]
+        length = _steps(leaves, self.dim)
+        if length == 0:
+            raise DataError(f"A sequence must have at least 1 step, in dimension {self.dim}. Got none.")
         batch = leaves[0].shape[1 if self.dim == 0 else 0]
-        state: Any = {name: leaves[0].new_zeros(batch, *shape).float() for name, shape in self.shapes.items()}
+        state: Any = {name: leaves[0].new_zeros(batch, *shape, dtype=self.dtype) for name, shape in self.shapes.items()}
         for start in range(0, length, self.steps):
             cut = [
                 leaf.narrow(self.dim, start, min(self.steps, length - start))
@@ -165,6 +191,10 @@ class Chunks:
             parts.append(outputs)
         joined = [torch.cat(leaves, self.dim) for leaves in zip(*map(flatten, parts), strict=True)]
         return unflatten(structure_of(parts[0]), joined)
+
+
+def _steps(leaves: Sequence[Tensor], dim: int) -> int:
+    return leaves[0].shape[dim] if leaves and leaves[0].ndim > dim else 0
 
 
 def _with_state(inputs: Any, state: Any) -> Any:
@@ -182,17 +212,23 @@ def _enter(path: str, state: Mapping[str, Tensor]) -> Callable[..., Any]:
             how = "packed sequences" if given is None else "its initial state from the model"
             raise ModelError(f"The layer {path!r} gets {how}, so that no state can be handed to it.")
         names = ("h", "c") if isinstance(layer, nn.LSTM) else ("h",)
-        batch = args[0].shape[0 if layer.batch_first else 1]
-        if wrong := next((name for name in names if state[f"{path}.{name}"].shape[0] != batch), None):
-            got = state[f"{path}.{wrong}"].shape[0]
-            raise ModelError(
-                f"The state '{path}.{wrong}' must be that of {batch} sequences, as many as the inputs have. Got {got}.",
-                "`initial_state(batch)` gives the state before the first step",
-            )
+        for name in names:
+            _check_batch(layer, args[0], f"{path}.{name}", state[f"{path}.{name}"])
         parts = tuple(state[f"{path}.{name}"].transpose(0, 1).contiguous() for name in names)
         return (args[0], parts if isinstance(layer, nn.LSTM) else parts[0]), {}
 
     return hook
+
+
+def _check_batch(layer: nn.RNNBase, inputs: Tensor, name: str, state: Tensor) -> None:
+    if inputs.ndim != 3:
+        raise ModelError(f"The layer of the state {name!r} must read batches. Got a tensor of {list(inputs.shape)}.")
+    batch = inputs.shape[0 if layer.batch_first else 1]
+    if state.shape[0] != batch:
+        raise ModelError(
+            f"The state {name!r} must be of the batch of the inputs, {batch}. Got {state.shape[0]}.",
+            "`initial_state(batch)` gives the state before the first step",
+        )
 
 
 def _leave(path: str, after: State) -> Callable[..., None]:
@@ -212,7 +248,7 @@ def _check(model: Streaming, example: Any, dim: int) -> None:
     """Check that chunks give the answers of whole sequences."""
     was = model.training
     leaves = flatten(example)
-    steps = leaves[0].shape[dim] if leaves and leaves[0].ndim > dim else 0
+    steps = _steps(leaves, dim)
     if steps < 2:
         raise ModelError(f"The example must have at least 2 steps in dimension {dim}. Got {steps}.")
     model.eval()

@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +140,39 @@ def test_a_changed_artifact_is_not_packed_and_an_older_file_stays(artifact: Path
     for read in (open_artifact, verify_artifact):
         with pytest.raises(ArtifactError, match="cut off or was changed"):
             read(tmp_path / "a.tpz")
+
+
+FULL = """
+import resource, sys
+from trimpoint.artifact import open_artifact
+from trimpoint.errors import StorageError
+from trimpoint.packed import pack_artifact, unpack_artifact
+artifact, file, out = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+for work in (lambda: pack_artifact(artifact, file), lambda: unpack_artifact(file, out), lambda: open_artifact(file)):
+    try:
+        work()
+    except StorageError as error:
+        print(error.message)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs limits of the system")
+def test_on_a_full_disk_an_older_file_stays_and_nothing_half_written(artifact: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "a.tpz", tmp_path / "b"
+    pack_artifact(artifact, file)
+    before = file.read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(artifact), str(file), str(out)], capture_output=True, text=True, timeout=120
+    )
+    said = done.stdout.splitlines()
+    assert [line.split(": ")[0] for line in said] == [
+        "'a.tpz' could not be written",
+        "'b' could not be written",
+        f"'a.tpz' could not be restored in {tempfile.gettempdir()}",
+    ], done.stderr
+    assert file.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tpz"]
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="needs a directory that cannot be written to")

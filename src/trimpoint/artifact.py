@@ -170,7 +170,7 @@ def write_artifact(
     copies |= {f"rebuild/{name}": path for name, path in _files_below(rebuild).items()}
     if taken := sorted(set(shipped) & set(RESERVED)):
         raise ArtifactError(f"A runtime's file may not be called {taken[0]!r}: the artifact has its own.")
-    check_names(copies)
+    check_names([*copies, *texts, PARITY])
     recorded = parity_bytes(lowered.signature, parity, tolerance or Tolerance())
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)

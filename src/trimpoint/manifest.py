@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from trimpoint.errors import ArtifactError, TrimpointError
 from trimpoint.runtimes.base import Lowered
-from trimpoint.storage import is_plain_path
+from trimpoint.storage import contradiction, is_plain_path
 from trimpoint.values import from_data
 
 FORMAT = 1
@@ -114,21 +114,24 @@ def is_artifact(directory: Path) -> bool:
     return isinstance(manifest, dict) and {"format", "model", "files", "checksum"} <= set(manifest)
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Check that files have plain, portable paths within the artifact, which differ in more than case.
+def check_names(names: Collection[str]) -> None:
+    """Check that files can lie within the artifact under these names, on every system.
 
     Raises:
-        ArtifactError: naming the first that is not so.
+        ArtifactError: if they cannot.
     """
-    seen: set[str] = set()
     for name in names:
-        if not is_plain_path(name) or name == MANIFEST or name.casefold() in seen:
+        if not is_plain_path(name) or name == MANIFEST:
             raise ArtifactError(
-                f"The files of a {MANIFEST} must have plain paths within the artifact, each once. Got {name!r}.",
-                "use letters, digits, dots, dashes and forward slashes; what differs in case alone is one file on "
-                "Windows and macOS",
+                f"The files of a {MANIFEST} must have plain paths within the artifact. Got {name!r}.",
+                "use letters, digits, dots, dashes and forward slashes",
             )
-        seen.add(name.casefold())
+    if (twice := contradiction([MANIFEST, *names])) is not None:
+        raise ArtifactError(
+            f"The files of a {MANIFEST} must be others on every system, and no directories as well. Got {twice!r}, "
+            "which another one is but for case, or lies above or below.",
+            "give it another name",
+        )
 
 
 def own_version() -> str:

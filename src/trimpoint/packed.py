@@ -157,7 +157,12 @@ def unpacked(path: Path | str) -> Iterator[Unpacked]:
         try:
             restored = _restored(path, Path(temporary), DEFAULT_MOST_BYTES, lambda _done, _total: None)
         except OSError as error:
-            raise _not_written(path.name, error) from error
+            if isinstance(error, TrimpointError):
+                raise
+            raise StorageError(
+                f"{path.name!r} could not be restored in {tempfile.gettempdir()}: {error.strerror or error}.",
+                "free some space, or name another directory by the environment variable TMPDIR",
+            ) from error
         yield Unpacked(Path(temporary), restored.model, restored.contents)
 
 

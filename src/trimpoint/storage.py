@@ -1,33 +1,64 @@
 """Writing so that a reader sees the old or the new, never half of it."""
 
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from trimpoint.errors import ArtifactError
 
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_LONGEST_NAME = 255
+"""Bytes of one part of a path, on the file systems of Linux, macOS and Windows."""
+_PORTS = (f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³")
+_DEVICES = frozenset(("con", "prn", "aux", "nul", "conin$", "conout$", *_PORTS))
+"""https://learn.microsoft.com/windows/win32/fileio/naming-a-file"""
 
 
 def is_plain_path(name: str) -> bool:
-    """Return whether a name is that of a file below a directory, on Linux, macOS and Windows alike.
+    """Return whether a file's name is a plain path that stays below its directory, on every system.
 
     Example:
-        >>> is_plain_path("extra/labels.txt"), is_plain_path("../labels.txt")
-        (True, False)
+        >>> is_plain_path("extra/labels.txt"), is_plain_path("../labels.txt"), is_plain_path("aux.txt")
+        (True, False, False)
     """
     path = PurePosixPath(name)
-    is_below = name == path.as_posix() and not path.is_absolute() and bool(path.parts)
-    return is_below and all(map(_is_portable, path.parts))
+    is_below = name == path.as_posix() and not path.is_absolute() and ".." not in path.parts and bool(path.parts)
+    return is_below and all(map(_is_plain_part, path.parts))
 
 
-def _is_portable(part: str) -> bool:
-    fits = part.isprintable() and not set(part) & set('\\:*?"<>|') and len(part.encode()) <= 255
-    return fits and not part.endswith((".", " ")) and not _RESERVED.fullmatch(part)
+def _is_plain_part(part: str) -> bool:
+    try:
+        size = len(part.encode())
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON may hold it
+        return False
+    is_text = part.isprintable() and not any(letter in part for letter in '\\:*?"<>|')
+    is_device = part.split(".")[0].rstrip().casefold() in _DEVICES
+    return is_text and size <= _LONGEST_NAME and not part.endswith((".", " ")) and not is_device
+
+
+def contradiction(names: Iterable[str]) -> str | None:
+    """Return the first path that cannot lie beside those before it, `None` where there is none.
+
+    It is there already, as systems see it that do not tell case or ways to write an accent apart; or it is a directory
+    of another one, or below one.
+
+    Example:
+        >>> contradiction(["a", "b/c", "B"]), contradiction(["a", "b"])
+        ('B', None)
+    """
+    files: set[str] = set()
+    directories: set[str] = set()
+    for name in names:
+        path = PurePosixPath(unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()))
+        above = {parent.as_posix() for parent in path.parents} - {"."}
+        if path.as_posix() in files | directories or above & files:
+            return name
+        files.add(path.as_posix())
+        directories |= above
+    return None
 
 
 def sync(path: Path) -> None:

@@ -9,7 +9,7 @@ r"""One file that holds others, coded: written whole, read in pieces, checked be
     pieces     larger tensors, each at most 2 million numbers
 
 A file is text with holes, and each hole takes bytes from a pool or is a piece of its own. All integers are LEB128, or
-little-endian. Reading takes at most `MOST_TEXT` for the head, then one piece at a time.
+little-endian. Reading takes at most `MOST_TEXT` for the head and `MOST_POOLED` for the pools, then one piece at a time.
 """
 
 import hashlib
@@ -23,10 +23,12 @@ from trimpoint.coding.integers import Cursor, packed
 from trimpoint.coding.tensors import KINDS, MOST_BYTES, compress, expand
 from trimpoint.coding.vocabulary import VOCABULARY
 from trimpoint.errors import ArtifactError
-from trimpoint.storage import is_plain_path
+from trimpoint.storage import contradiction, is_plain_path
 
 MAGIC, VERSION = b"\x89TPZ", 1
 MOST_TEXT, MOST_FILES, MOST_PIECES = 1 << 24, 1 << 12, 1 << 16
+MOST_POOLED = 1 << 26
+"""Bytes of all pools: more than a writer fills."""
 _LZMA, _DEFLATE = 0, 1
 
 Step = Callable[[int, int], None]
@@ -153,10 +155,13 @@ def read_head(file: BinaryIO) -> Head:
     cursor = Cursor(content)
     head = Head(about=cursor.take(cursor.integer(len(content), "length")))
     head.pools = [_read_coded_piece(cursor, cursor.integer(MOST_BYTES, "size")) for _ in _times(cursor, len(KINDS))]
+    if sum(pool.size for pool in head.pools) > MOST_POOLED:
+        raise ArtifactError(f"The coded file is damaged: its pools must have at most {MOST_POOLED} bytes.", DAMAGED)
     taken = [0] * len(head.pools)
+    names: list[str] = []
     gaps = count = 0
     for _ in _times(cursor, MOST_FILES):
-        name = _name(cursor, head)
+        names.append(name := _name(cursor))
         size = cursor.integer(what="size")
         pieces = [_read_piece(cursor, taken) for _ in _times(cursor, MOST_PIECES - count)]
         if sum(piece.gap + piece.size for piece in pieces) != size:
@@ -165,6 +170,11 @@ def read_head(file: BinaryIO) -> Head:
         head.pieces.append(pieces)
         gaps += sum(piece.gap for piece in pieces)
         count += len(pieces)
+    if (twice := contradiction(names)) is not None:
+        raise ArtifactError(
+            f"The files of a coded file must be others on every system, and no directories as well. Got {twice!r}.",
+            DAMAGED,
+        )
     head.text = cursor.rest()
     if gaps != len(head.text) or taken != [pool.size for pool in head.pools]:
         raise ArtifactError("The coded file is damaged: its tables do not fit its text.", DAMAGED)
@@ -175,16 +185,13 @@ def _times(cursor: Cursor, most: int) -> range:
     return range(cursor.integer(max(0, most), "number of entries"))
 
 
-def _name(cursor: Cursor, head: Head) -> str:
+def _name(cursor: Cursor) -> str:
     try:
         name = cursor.take(cursor.integer(1024, "length")).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ArtifactError("The coded file is damaged: a name is no text.", DAMAGED) from error
-    known, key = [other.casefold() for other in head.files], name.casefold()
-    if not is_plain_path(name) or key in known:
-        raise ArtifactError(f"The files of a coded file must have plain paths, each once. Got {name!r}.", DAMAGED)
-    if any(other.startswith(f"{key}/") or key.startswith(f"{other}/") for other in known):
-        raise ArtifactError(f"The files of a coded file must not be directories as well. Got {name!r}.", DAMAGED)
+    if not is_plain_path(name):
+        raise ArtifactError(f"The files of a coded file must have plain paths. Got {name!r}.", DAMAGED)
     return name
 
 

@@ -25,7 +25,8 @@ def read_coded(
 ) -> Contents:
     """Restore the files of a coded file, and check that they are those that were written.
 
-    Memory stays bounded, whatever the file says: `MOST_TEXT` for the head, and one piece of at most `MOST_BYTES`.
+    Memory stays bounded, whatever the file says: `MOST_TEXT` for the head, `MOST_POOLED` for small tensors, and one
+    piece of at most `MOST_BYTES`.
 
     Args:
         source: the coded file.

@@ -24,6 +24,7 @@ def test_masks_tell_what_is_padding():
 def test_rows_leave_padding_out_where_the_mask_fits():
     kept, x = torch.tensor([[True, False, True]]), torch.arange(6.0).reshape(1, 3, 2)
     assert rows_of(x, kept).tolist() == [[0, 1], [4, 5]]
+    assert rows_of(x.transpose(0, 1), kept).tolist() == [[0, 1], [4, 5]]
     assert rows_of(x, None).shape == (3, 2)
     assert rows_of(x[:, 0], kept).tolist() == [[0, 1]]
     packed = nn.utils.rnn.pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)])

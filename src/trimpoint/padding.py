@@ -40,11 +40,13 @@ def rows_of(value: Any, kept: Tensor | None) -> Tensor:
 
     Args:
         value: a tensor, or a packed sequence.
-        kept: positions that count, see `kept_positions`; used where the tensor has just these leading dimensions.
+        kept: positions that count, see `kept_positions`; used where the tensor has just these leading dimensions, in
+            this order or, of two that differ, the other way round.
     """
     tensor: Tensor = getattr(value, "data", value)
-    if kept is not None and tensor.shape[:-1] == kept.shape:
-        return tensor[kept]
+    for those in () if kept is None else (kept, kept.T):
+        if tensor.shape[:-1] == those.shape:
+            return tensor[those]
     return tensor.reshape(-1, tensor.shape[-1])
 
 

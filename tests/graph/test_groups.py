@@ -337,6 +337,23 @@ def test_a_broadcast_channel_stays():
     assert kept(groups)["mask"]
 
 
+class OverNothing(nn.Module):
+    """Sums no positions at all, as a cache does before its first step."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.head(hidden + hidden[:, :0].sum(1, keepdim=True) + hidden[:, :0].sum((1,)).unsqueeze(1))
+
+
+def test_a_sum_over_nothing_keeps_its_channels():
+    groups = coupled_groups(trace(OverNothing(), torch.randn(2, 5, 4)))
+    assert "fixed size" in kept(groups)["first"]
+
+
 def test_hidden_sizes_are_left_to_the_forward_check():
     names = set(summary(coupled_groups(trace(Fixed(), inputs_of((2, 3, 8, 8))))))
     assert names == {"conv", "fc1"} | {name for name in names if name.startswith("fc2")}

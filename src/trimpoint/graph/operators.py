@@ -170,7 +170,7 @@ def _spatial(p: Propagation, node: Node) -> Any:
 def _reduction(p: Propagation, node: Node) -> Any:
     if len([part for part in node.all_input_nodes if shape_of(part) is not None]) > 1:
         return _pointwise(p, node)  # max and min of two tensors
-    if node not in p.live:
+    if node not in p.live or not p.ids(node.args[0]).numel():
         return p.none_of(node)
     ids = p.ids(node.args[0])
     dims = argument(node, "dim")

@@ -1,3 +1,4 @@
+import gc
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -20,6 +21,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """Compute on one thread: the networks of the tests are small, and threads that wait for each other cost more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def seldom_collected() -> None:
+    """Look for garbage less often: exports make millions of objects that stay, beside those of all modules."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -186,24 +186,36 @@ def _run(wrapper: _Flat, leaves: Sequence[Tensor]) -> tuple[Any, list[str]]:
 def _capture(
     wrapper: _Flat, leaves: Sequence[Tensor], wanted: Sequence[Mapping[int, str]]
 ) -> tuple[ExportedProgram, list[Tensor], str]:
-    """Trace with all wanted dimensions open, and where that is refused, with those that can be; return why."""
-    used = dict.fromkeys(name for entry in wanted for name in entry.values())
-    named = {name: Dim(name, min=1) for name in used}
-    strict = _Attempt(dims=tuple({dim: named[name] for dim, name in entry.items()} for entry in wanted))
+    """Trace with all wanted dimensions open, or with those that can be and the reason why others cannot."""
+    found = _inferred(wrapper, leaves, wanted)
+    fixed = {wanted[leaf][dim] for leaf, dim in _fixed(found[0], wanted)} if found else set()
+    if found and not fixed:
+        return *found, ""
+    named = {name: Dim(name, min=1) for dims in wanted for name in dims.values()}
+    asked = tuple({dim: named[name] for dim, name in dims.items()} for dims in wanted)
     try:
-        return *_trace(wrapper, leaves, wanted, strict), "the model gives it one size"
+        return *_trace(wrapper, leaves, wanted, _Attempt(dims=asked)), "the model gives it one size"
     except export_errors.DimensionRefused as refused:
         reason = str(refused)
-    inferred = tuple(dict.fromkeys(entry, Dim.AUTO) for entry in wanted)
+    if BATCH in fixed:
+        # A fixed batch of 2 would be of no use: trace again with one sample.
+        found = _inferred(wrapper, leaves, wanted, batch=1)
+    none_open = _Attempt(dims=tuple({} for _ in wanted), batch=1)
+    return *(found or _trace(wrapper, leaves, wanted, none_open)), reason
+
+
+def _inferred(
+    wrapper: _Flat, leaves: Sequence[Tensor], wanted: Sequence[Mapping[int, str]], batch: int = 2
+) -> tuple[ExportedProgram, list[Tensor]] | None:
+    """Trace with those wanted dimensions open that can be, but never a batch of 1; `None` where that is refused.
+
+    Dimensions that are asked for by name would be refused where they have a limit, such as a number of positions.
+    """
+    dims = tuple({dim: Dim.AUTO for dim, name in each.items() if batch > 1 or name != BATCH} for each in wanted)
     try:
-        program, example = _trace(wrapper, leaves, wanted, _Attempt(dims=inferred))
-        if BATCH in {wanted[leaf][dim] for leaf, dim in _fixed(program, wanted)}:
-            # A fixed batch of 2 would be of no use: trace again with one sample.
-            open_dims = tuple({dim: Dim.AUTO for dim, name in entry.items() if name != BATCH} for entry in wanted)
-            program, example = _trace(wrapper, leaves, wanted, _Attempt(dims=open_dims, batch=1))
+        return _trace(wrapper, leaves, wanted, _Attempt(dims=dims, batch=batch))
     except export_errors.DimensionRefused:
-        program, example = _trace(wrapper, leaves, wanted, _Attempt(dims=tuple({} for _ in wanted), batch=1))
-    return program, example, reason
+        return None
 
 
 def _trace(

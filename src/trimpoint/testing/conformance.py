@@ -136,6 +136,7 @@ def parametrize_with_checks(
     """Return a pytest test that runs every check on every method.
 
     Each method is a group of its own for pytest-xdist's `--dist loadgroup`: its checks share what it made of a model.
+    So is the check whose plans are the same for all methods.
 
     Args:
         methods: instances, classes (run with their defaults), or what `all_methods()` returns.
@@ -156,9 +157,10 @@ def parametrize_with_checks(
         known = [failure for failure in known_failures if failure.method == method.name]
         _validate(known, checks)
         for check in checks:
+            group = check.name if check.function is checks_sequence.check_sequences_run else method.name
             for entry in check.entries:
                 reasons = [f.reason for f in known if f.check == check.name and f.entry == entry.name]
-                marks: list[Any] = [pytest.mark.xdist_group(method.name)] if find_spec("xdist") else []
+                marks: list[Any] = [pytest.mark.xdist_group(group)] if find_spec("xdist") else []
                 marks += [pytest.mark.xfail(raises=ConformanceFailure, reason=why, strict=True) for why in reasons]
                 cases.append(pytest.param(method, check, entry, id=f"{method.name}-{check.name}-{entry}", marks=marks))
 

@@ -301,3 +301,30 @@ def test_layers_that_hurt_most_are_kept_in_float_with_the_reason():
     assert all(torch.equal(tensor, before[name]) for name, tensor in compressed.module.state_dict().items())
     everything = compress(model, Plan().then(QuantizeStatic(keep_float=9)), task)
     assert everything.formats == {}
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_with_one_scale_per_tensor_layers_are_measured_with_it(norm):
+    """One large weight on a small input leaves the others of its tensor no levels; a scale per channel does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)
+    )
+    model.eval()
+    with torch.no_grad():
+        # Folded in, the norm makes the largest weight of an even matrix, or takes it out of an uneven one.
+        model[0].weight[3, 1:] = 0.0
+        model[1].weight[3] = 300.0 if norm else 1.0 / 300.0
+        model[0].weight[3, 0] = 0.2 if norm else 60.0
+    data = torch.randn(64, 16)
+    data[:, 0] /= 40.0
+    task = Task(calibrate=TensorDataset(data, torch.zeros(64)), batch_size=16)
+    kept, cost = {}, {}
+    for granularity in ("channel", "tensor"):
+        made = compress(model, Plan().then(QuantizeStatic(granularity=granularity, keep_float=1)), task)
+        (skipped,) = (change for change in made.changes if change.kind == "skipped")
+        kept[granularity] = skipped.origin
+        cost[granularity] = float(skipped.reason.split(" by ")[1].split()[0])
+    assert cost["channel"] < 0.1
+    assert (cost["tensor"] > 0.3) == norm
+    assert kept["tensor"] == ("0" if norm else "5")

@@ -142,7 +142,7 @@ class QuantizeStatic(Method):
         sites = list(ctx.modules())
         weight, activations = self.formats["weight"], self.formats["input"]
         if self.keep_float:
-            sites = self._without_the_worst(ctx, sites, activations)
+            sites = self._without_the_worst(ctx, sites)
         if self._chosen:
             refused = {
                 site.path: "it shares a weight with another module" if site.tied else why_no_grid(site.module)
@@ -165,11 +165,10 @@ class QuantizeStatic(Method):
         if self.learned_steps:
             learn_ranges(ctx, [site.path for site in sites], activations)
 
-    def _without_the_worst(self, ctx: Context, sites: Sequence[Site], activations: Format) -> list[Site]:
+    def _without_the_worst(self, ctx: Context, sites: Sequence[Site]) -> list[Site]:
         """Return the sites that are quantised; the others are told why they are not."""
         paths = [site.path for site in sites if not site.tied and not why_no_grid(site.module)]
-        bits = 7 if self.bits == 8 and self.reduce_range else self.bits
-        costs = layer_costs(ctx, paths, bits, activations, _SAMPLES)
+        costs = layer_costs(ctx, paths, self.formats["weight"], self.formats["input"], _SAMPLES)
         kept = sorted(costs, key=lambda path: -costs[path])[: self.keep_float]
         for path in kept:
             ctx.skip(

@@ -16,7 +16,7 @@ from trimpoint.losses import call, main_tensor
 from trimpoint.method import Context
 from trimpoint.padding import kept_positions
 from trimpoint.quantization.activations import input_ranges_of
-from trimpoint.quantization.weights import choices
+from trimpoint.quantization.weights import choices, rounded_by_tensor
 from trimpoint.values import Format
 
 Key = TypeVar("Key", bound=Hashable)
@@ -76,13 +76,13 @@ def _rows(answer: Tensor, kept: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def layer_costs(ctx: Context, paths: Sequence[str], bits: int, kind: Format, samples: int) -> dict[str, float]:
+def layer_costs(ctx: Context, paths: Sequence[str], weight: Format, kind: Format, samples: int) -> dict[str, float]:
     """Return what it costs the answers to round weights and input of a layer, one layer at a time, see `divergence`.
 
     Args:
         ctx: of the step.
         paths: of linear layers and convolutions.
-        bits: of a weight, rounded to nearest, a scale by the largest of each output channel.
+        weight: that weights are rounded to, to nearest, with scales by the largest weight.
         kind: of the input.
         samples: of the calibration data, at most.
 
@@ -90,10 +90,12 @@ def layer_costs(ctx: Context, paths: Sequence[str], bits: int, kind: Format, sam
         DataError: if the task has no calibration data, or a layer reads what is not finite.
     """
     ranges = {path: range_ for alike, range_ in input_ranges_of(ctx, paths, kind).items() for path in alike}
-    ways = {
-        path: partial(_rounded, ctx.get(path), each[bits].values, ranges.get(path))
-        for path, _, each in choices(ctx, paths, [bits], "nearest", "largest")
-    }
+    bits = min(weight.bits, 7) if weight.reduce_range else weight.bits
+    if weight.granularity == "tensor":
+        rounded = rounded_by_tensor(ctx, paths, bits)
+    else:
+        rounded = {path: each[bits].values for path, _, each in choices(ctx, paths, [bits], "nearest", "largest")}
+    ways = {path: partial(_rounded, ctx.get(path), values, ranges.get(path)) for path, values in rounded.items()}
     return divergence(ctx, ways, samples, "measuring what int8 costs:")
 
 

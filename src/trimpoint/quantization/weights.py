@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from trimpoint.errors import TraceError
 from trimpoint.graph import OnGrid, kept_by, why_not_held
 from trimpoint.method import Context
+from trimpoint.quantization.equalize import folded_scale
 from trimpoint.quantization.rounding import adaround, best_scale, error_of, gptq, nearest, widest_scale
 from trimpoint.sparsity.inputs import InputStatistics, as_matrix, from_matrix, gather, groups_of, own_forward
 
@@ -106,6 +107,32 @@ def _alone(module: nn.Module, top: int, scale: str) -> Choice:
     values = nearest(rows.flatten(1), sizes, top).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
     reason = f"scale by {'largest' if scale == 'largest' else 'weight-error'}, nearest"
     return Choice(values=values, scale=sizes, axis=axis, reason=reason)
+
+
+@torch.no_grad()
+def rounded_by_tensor(ctx: Context, paths: Sequence[str], bits: int) -> dict[str, Tensor]:
+    """Return weights rounded to nearest with one scale per tensor, by the largest weight.
+
+    A runtime rounds a weight as it is with the batch norm behind it folded in; so are these, and the norm taken out
+    again.
+
+    Args:
+        ctx: of the step.
+        paths: of linear layers and convolutions.
+        bits: of a weight.
+    """
+    norms, top, found = _norms(ctx), _top(bits), {}
+    for path in paths:
+        module = ctx.get(path)
+        weight = cast(Tensor, module.weight).detach()
+        axis = 1 if isinstance(module, _TRANSPOSED) else 0
+        rows = weight.movedim(axis, 0)
+        matrix = rows.flatten(1).double()
+        factors = folded_scale(ctx.get(norms[path])).abs() if path in norms else matrix.new_ones(len(matrix))
+        whole = widest_scale((matrix * factors[:, None]).reshape(1, -1), top)
+        scales = torch.where(factors > 0, whole / factors, 1.0)  # what a factor of 0 leaves over does not matter
+        found[path] = nearest(matrix, scales, top).reshape(rows.shape).movedim(0, axis).to(weight.dtype)
+    return found
 
 
 def _norms(ctx: Context) -> Mapping[str, str]:

@@ -22,7 +22,6 @@ from trimpoint.runtimes.base import OperatorTime
 from trimpoint.search.workbench import Workbench
 from trimpoint.target import Target
 from trimpoint.task import Task
-from trimpoint.values import Format
 
 ROUNDS = 6
 """How often layers are chosen anew because the file took longer than its layers do one by one."""
@@ -120,8 +119,7 @@ def precision_by_layer(
 
 def _costs(ctx: Context, quantiser: QuantizeStatic) -> dict[str, float]:
     paths = [site.path for site in ctx.modules() if not site.tied and not why_no_grid(site.module)]
-    bits = 7 if quantiser.bits == 8 and quantiser.reduce_range else quantiser.bits
-    return layer_costs(ctx, paths, bits, Format(dtype="uint8", granularity="tensor", symmetric=False), SAMPLES)
+    return layer_costs(ctx, paths, quantiser.formats["weight"], quantiser.formats["input"], SAMPLES)
 
 
 def _by_layer(operators: Sequence[OperatorTime], paths: Sequence[str]) -> dict[str, float]:

@@ -15,6 +15,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from trimpoint.quantization.grid import Grid
+from trimpoint.runtimes import onnx_graph
 from trimpoint.runtimes.base import Exported, Formats
 from trimpoint.runtimes.onnx_quantize import grid_scales
 from trimpoint.values import Format
@@ -59,7 +60,7 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> DynamicSe
         own = [node for node in model.graph.node if scopes.get(node.name) == path]
         nodes = [node for node in own if _weighted(node, stored)]
         lookup = [node.op_type for node in nodes] == ["Gather"]
-        if reason := _refusal(tensors, lookup, path in exported.grids) or _missing(own, nodes):
+        if reason := _refusal(tensors, lookup, path in exported.grids) or _missing(own, nodes, stored):
             result.unmapped.append(f"{path}: {reason}")
             continue
         for node in nodes:
@@ -139,11 +140,13 @@ def _refusal(tensors: Mapping[str, Format], lookup: bool, on_grid: bool) -> str:
     return ""
 
 
-def _missing(own: Sequence[NodeProto], nodes: Sequence[NodeProto]) -> str:
+def _missing(own: Sequence[NodeProto], nodes: Sequence[NodeProto], stored: Mapping[str, TensorProto]) -> str:
     if not own:
         return "no operator in the exported graph comes from it"
     if nodes:
         return ""
+    if reason := next((why for node in own if (why := onnx_graph.why_no_integers(node, stored))), ""):
+        return reason
     kinds = sorted({node.op_type for node in own if node.op_type in FLOAT_ONLY})
     kind = ", ".join(kinds)
     return f"ONNX Runtime has no dynamic int8 kernel for {kind}" if kind else "it multiplies with no constant matrix"

@@ -232,6 +232,19 @@ def parse(data: bytes) -> ModelProto:
     return onnx.load_model_from_string(data)
 
 
+def why_no_integers(node: NodeProto, stored: Mapping[str, TensorProto]) -> str:
+    """Return why kernels of integers cannot take over a node's weight, or nothing: they compute from float32 alone.
+
+    Args:
+        node: whose constants are looked at.
+        stored: name → constant of the graph.
+    """
+    kinds = {stored[name].data_type for name in node.input if name in stored}
+    if TensorProto.DOUBLE not in kinds:
+        return ""
+    return "its weight is float64, and kernels of integers compute from float32 (`model.float()`)"
+
+
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
     yield graph
     for node in graph.node:

@@ -121,6 +121,7 @@ def select(model: ModelProto, exported: Exported, formats: Formats) -> Selection
         embedding = [node.op_type for node in nodes[path] if _weight(node, weights)] == ["Gather"]
         reason = _refusal(tensors, embedding, path in exported.grids)
         reason = reason or _missing(model, scopes, path, nodes[path], weights)
+        reason = reason or next((why for node in nodes[path] if (why := onnx_graph.why_no_integers(node, stored))), "")
         if reason:
             result.unmapped.append(f"{path}: {reason}")
         else:

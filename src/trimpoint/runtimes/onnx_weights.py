@@ -10,6 +10,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from trimpoint.quantization.grid import GroupGrid
+from trimpoint.runtimes import onnx_graph
 from trimpoint.runtimes.base import Exported, Formats
 from trimpoint.values import Format
 
@@ -75,6 +76,8 @@ def _replace(
     settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     if settings.pop("transA", 0) or settings.pop("alpha", 1.0) != 1.0 or settings.pop("beta", 1.0) != 1.0:
         return "its product is scaled or transposed in the graph"
+    if reason := onnx_graph.why_no_integers(node, stored):
+        return reason
     weight = numpy_helper.to_array(stored[node.input[1]])
     weight = weight if settings.get("transB", 0) else weight.T
     outputs, inputs = grid.codes.shape

@@ -137,7 +137,10 @@ class OnnxRuntime(Runtime):
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise ArtifactError(f"ONNX Runtime cannot open {path.name!r}: {error}") from error
+            hint = "it has few kernels for float64: give `model.float()` and float32 data"
+            raise ArtifactError(
+                f"ONNX Runtime cannot open {path.name!r}: {error}", hint if "NOT_IMPLEMENTED" in str(error) else None
+            ) from error
         return OnnxSession(lowered.signature, session)
 
     def operators(

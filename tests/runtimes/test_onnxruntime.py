@@ -286,3 +286,39 @@ def test_a_type_that_has_no_kernel_is_told_what_to_do(tmp_path):
     lowered = RUNTIME.lower(export(module, torch.randn(1, 3, 8, 8, dtype=torch.float64), {}), tmp_path)
     with pytest.raises(ArtifactError, match=r"`model.float\(\)`"):
         RUNTIME.open(tmp_path, lowered)
+
+
+def _between(kept: nn.Module, images: bool) -> tuple[nn.Module, torch.Tensor]:
+    """Return a network that has a layer between two that are quantised, and inputs."""
+    if images:
+        first, last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3)
+        return nn.Sequential(first, nn.ReLU(), kept, nn.ReLU6(), nn.MaxPool2d(2), last), torch.randn(16, 3, 8, 8)
+    return nn.Sequential(nn.Linear(12, 8), nn.ReLU(), kept, nn.ReLU(), nn.Linear(8, 4)), torch.randn(16, 12)
+
+
+@pytest.mark.parametrize(
+    ("kept", "images"),
+    [
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), True),
+        (nn.Conv2d(8, 8, 3, padding=1, bias=False), True),
+        (nn.ConvTranspose2d(8, 8, 3), True),
+        (nn.Linear(8, 8), False),
+    ],
+    ids=["depthwise", "convolution", "transposed", "linear"],
+)
+def test_a_layer_that_is_kept_in_float32_stays_so_between_others(kept, images, tmp_path):
+    """ONNX Runtime would round such weights to 8 bits with one scale, each time that it opens the file."""
+    model, inputs = _between(kept, images)
+    model.eval()
+    int8 = {"weight": networks.WEIGHT, "input": networks.INPUT}
+    formats = {"0": int8, "5" if images else "4": int8}
+    exported = export(model, inputs, {"input": networks.BATCH})
+    lowered = RUNTIME.lower(exported, tmp_path, formats=formats, calibration=[inputs.numpy()])
+    assert lowered.unmapped == ()
+    opened, options = tmp_path / "opened.onnx", onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(opened)
+    onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
+    stored = [onnx.numpy_helper.to_array(each) for each in onnx.load(opened).graph.initializer]
+    assert [each.dtype for each in stored if each.size == kept.weight.numel()] == [np.float32]
+    assert check_parity(model, RUNTIME.open(tmp_path, lowered), [inputs]).sqnr_db > 25

@@ -5,7 +5,7 @@ This module needs `onnx` (the full installation); what opens an artifact does no
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 GLUE = (
     "Add",
@@ -90,6 +90,49 @@ def same_numbers(model: ModelProto, name: str) -> Iterator[str]:
     while name in made_by and made_by[name].op_type in _HANDED_ON:
         name = made_by[name].input[0]
         yield name
+
+
+def keep_float(model: ModelProto) -> None:
+    """Keep products with float32 weights as they are, in place, between neighbours that are quantised.
+
+    Where a convolution or Gemm reads what was dequantised, and its result is quantised after nothing but bounds, ONNX
+    Runtime rounds its weight, with one scale and 8 bits, whenever the file is opened (`WeightBiasQuantization`, which
+    also looks through operators that hand numbers on). A sum of one term in between keeps it from that.
+
+    Args:
+        model: in quantise/dequantise form.
+    """
+    floats = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    read_by: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            read_by.setdefault(name, []).append(node)
+
+    def is_rounded(name: str) -> bool:
+        followers = read_by.get(name, [])
+        passed = [node.output[0] for node in followers if node.op_type in _HANDED_ON]
+        return any(node.op_type == "QuantizeLinear" for node in followers) or any(map(is_rounded, passed))
+
+    nodes = list(model.graph.node)
+    for product in [node for node in nodes if node.op_type in PRODUCTS and node.input[1] in floats]:
+        first = list(same_numbers(model, product.input[0]))[-1]
+        if first not in made_by or made_by[first].op_type != "DequantizeLinear":
+            continue
+        last = product
+        while len(after := read_by.get(last.output[0], [])) == 1 and after[0].op_type in ("Relu", "Clip"):
+            last = after[0]
+        if not is_rounded(last.output[0]):
+            continue
+        kept = f"{last.output[0]}_float32"
+        for node in read_by[last.output[0]]:
+            for place, name in enumerate(node.input):
+                if name == last.output[0]:
+                    node.input[place] = kept
+        term = helper.make_node("Sum", [last.output[0]], [kept], name=f"{product.name}_float32")
+        nodes.insert(nodes.index(last) + 1, term)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def product_behind(model: ModelProto) -> dict[str, str]:

@@ -231,7 +231,7 @@ def _quantized(
 
     Static formats come first, then dynamic ones.
     """
-    from trimpoint.runtimes import onnx_dynamic, onnx_graph, onnx_quantize, onnx_weights, saturation
+    from trimpoint.runtimes import onnx_dynamic, onnx_graph, onnx_neighbours, onnx_quantize, onnx_weights, saturation
 
     grouped, formats = onnx_weights.split(exported, formats)
     missing = onnx_weights.compress(model, exported, grouped)
@@ -249,6 +249,7 @@ def _quantized(
     found = saturation.saturations(separate, calibration_feeds(exported.signature, calibration))
     notes = tuple(saturation.note(each, module_of(each.node, exported.scopes)) for each in found)
     separate = onnx_dynamic.quantize(separate, dynamic)
+    onnx_neighbours.keep_float(separate)
     onnx_graph.strip(separate)
     fused = onnx_quantize.fuse(separate)
     onnx_graph.strip(fused)

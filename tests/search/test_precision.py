@@ -74,6 +74,14 @@ def test_conversions_that_no_layer_shows_are_made_up_for(model, task, monkeypatc
     assert [layer.path for layer in found.layers if layer.int8] == ["0", "2"]
 
 
+def test_where_conversions_take_more_than_a_layer_gains_all_are_int8(model, task, monkeypatch):
+    monkeypatch.setattr("tests.search.test_precision.CONVERSION", 2.0)
+    found = precision_by_layer(model, task, latency=0.6)
+    assert all(layer.int8 for layer in found.layers)
+    assert found.latency == pytest.approx(6 / 11)
+    assert [layers for layers, _ in found.tried] == [2, 3, 4]
+
+
 def test_a_layer_that_int8_slows_down_stays_in_float32(model, task):
     found = precision_by_layer(model, task, latency=0.6)
     last = found.layers[-1]

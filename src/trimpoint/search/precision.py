@@ -78,8 +78,9 @@ def precision_by_layer(
 
     The time of each layer in each format comes from the runtime's own profile of two files, one all float32 and one
     all int8; what rounding it costs comes from the model's answers on calibration data. Layers that int8 does not make
-    faster stay in float32. Conversions between formats are in no layer's time, so the file that results is timed, and
-    where it misses the limit, the limit on the layers is tightened by as much and they are chosen again.
+    faster stay in float32, unless only a file without any conversions is fast enough. Conversions between formats are
+    in no layer's time, so the file that results is timed, and where it misses the limit, the limit on the layers is
+    tightened by as much and they are chosen again.
 
     Args:
         model: unmodified, in evaluation mode.
@@ -139,12 +140,18 @@ def _chosen(
     price = {(path, kind): costs[path] if kind == "int8" else 0.0 for path, kind in choices}
     takes = {(path, kind): times[kind][path] for path, kind in choices}
     limit, tried, best = latency, [], None
-    for _ in range(ROUNDS):
-        found = cheapest(price, takes, limit * whole - times["float32"][""])
-        # Where the layers' own times do not allow it, all that gain are taken: the file may still be fast enough.
-        chosen = sorted(path for path, kind in (found or dict.fromkeys(pays, "int8")).items() if kind == "int8")
+    # Where the layers' own times do not allow it, all that gain are taken, then all there are, which has the fewest
+    # conversions: the file may still be fast enough.
+    last = [paths for paths in (sorted(pays), sorted(costs)) if paths]
+    for number in range(ROUNDS + len(last)):
+        found = cheapest(price, takes, limit * whole - times["float32"][""]) if number < ROUNDS else None
+        if found is None and not last:
+            break
+        chosen = last.pop(0) if found is None else sorted(path for path, kind in found.items() if kind == "int8")
         if not chosen:
             break
+        if chosen in last:
+            last.remove(chosen)
         within = replace(step, where=step.where & _any(chosen) if step.where != EVERYTHING else _any(chosen))
         bench.progress.update(text=f"timing {len(chosen)} layers in int8")
         reached = bench.shape(Plan((within,)))["latency_ms"]
@@ -153,7 +160,7 @@ def _chosen(
             best = within, chosen, reached
             break
         if found is None:
-            break
+            continue
         own = sum(takes[key] for key in found.items()) + times["float32"][""]
         limit = min(limit * latency / reached, own / whole * (1 - 1e-6))  # never the same layers again
     if best is None:

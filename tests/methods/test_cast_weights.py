@@ -2,6 +2,7 @@
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.plan import Plan, Step
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.export import export
+from trimpoint.runtimes.openvino_halves import CAPABILITY, precision
 from trimpoint.task import Task, cross_entropy
 
 
@@ -121,3 +123,103 @@ def test_tied_weights_are_stored_once(tmp_path):
 def test_other_types_are_refused():
     with pytest.raises(InvalidParameterError, match="dtype"):
         CastWeights(dtype="float8")
+    with pytest.raises(InvalidParameterError, match="activations"):
+        CastWeights(activations="float16")
+
+
+COMPUTED = CastWeights(dtype="bfloat16", activations="bfloat16")
+FAST = CAPABILITY in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HERE = "bf16" if FAST else "f32"
+
+
+def computed_in(directory, files, inputs):
+    """Return each convolution's, product's and recurrent layer's module and what it is computed in on this CPU."""
+    session = get_runtime("openvino").open(directory, files, profile=True)
+    session(inputs.numpy())
+    found = {}
+    for entry in session.request.get_profiling_info():
+        name = entry.node_name
+        module = files.scopes.get(name) or files.scopes.get(name.partition("/")[0])
+        if module and entry.node_type.startswith(("Convolution", "FullyConnected", "MatMul", "LSTM", "RNN")):
+            found[module] = entry.exec_type.rpartition("_")[2]
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_computed_in_bfloat16_where_the_processor_can(model, tmp_path, dtype):
+    made = compress(model, Plan().then(CastWeights(dtype=dtype, activations="bfloat16")))
+    x = torch.arange(10).reshape(2, 5)
+    files, answers = lowered(made.module, x, made.formats, tmp_path / "a", "openvino")
+    assert files.unmapped == ()
+    assert "AVX512-BF16" in files.notes[0]
+    assert computed_in(tmp_path / "a", files, x) == {"conv": HERE, "lstm": HERE, "head": HERE}
+    expected = model(x).detach().numpy()
+    assert 0 < np.abs(answers - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def test_convolutions_and_recurrent_layers_can_stay_in_float32(model, tmp_path):
+    made = compress(model, Plan((Step(COMPUTED, where="!conv & !lstm"),)))
+    x = torch.arange(10).reshape(2, 5)
+    files, _ = lowered(made.module, x, made.formats, tmp_path / "a", "openvino")
+    assert files.unmapped == ()
+    assert computed_in(tmp_path / "a", files, x) == {"conv": "f32", "lstm": "f32", "head": HERE}
+
+
+def test_one_matrix_product_in_float32_keeps_all_there(model, tmp_path):
+    made = compress(model, Plan((Step(COMPUTED, where="!head"),)))
+    x = torch.arange(10).reshape(2, 5)
+    files, _ = lowered(made.module, x, made.formats, tmp_path / "a", "openvino")
+    reason = "is computed in float32, as the matrix products of head must be, and OpenVINO has one setting"
+    assert files.unmapped == tuple(f"{path}: {reason}" for path in ("conv", "lstm", "table"))
+    assert files.notes == ()
+    assert computed_in(tmp_path / "a", files, x) == {"conv": "f32", "lstm": "f32", "head": "f32"}
+
+
+def test_int8_products_do_not_forbid_it(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 8)).eval()
+    x = torch.randn(32, 64)
+    task = Task(calibrate=TensorDataset(x, torch.arange(32) % 8), loss=cross_entropy, batch_size=16)
+    made = compress(model, Plan((Step(QuantizeStatic(), where="2"), Step(COMPUTED))), task)
+    files, answers = lowered(made.module, x, made.formats, tmp_path / "a", "openvino")
+    assert files.unmapped == ()
+    kinds = computed_in(tmp_path / "a", files, x)
+    assert (kinds["0"], kinds["4"]) == (HERE, HERE)
+    assert "8" in kinds["2"]
+    expected = model(x).detach().numpy()
+    assert np.abs(answers - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_other_runtimes_say_that_they_compute_in_float32(model, tmp_path):
+    made = compress(model, Plan().then(COMPUTED))
+    x = torch.arange(10).reshape(2, 5)
+    files, answers = lowered(made.module, x, made.formats, tmp_path / "a", "onnxruntime")
+    assert len(files.unmapped) == 4
+    assert all("is computed in float32: " in reason for reason in files.unmapped)
+    stored, same = lowered(
+        made.module,
+        x,
+        {path: {"weight": tensors["weight"]} for path, tensors in made.formats.items()},
+        tmp_path / "b",
+        "onnxruntime",
+    )
+    assert stored.unmapped == ()
+    np.testing.assert_array_equal(answers, same)
+
+
+class Core:
+    """A processor without products of bfloat16."""
+
+    def get_property(self, device, name):
+        assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+        return ["FP32", "INT8"]
+
+
+def test_a_processor_without_its_products_does_not_imitate_them(model, tmp_path):
+    made = compress(model, Plan().then(COMPUTED))
+    x = torch.arange(10).reshape(2, 5)
+    for formats, here in ((made.formats, HERE), ({}, "f32")):
+        lowered(made.module, x, formats, tmp_path / here, "openvino")
+        read = openvino.Core().read_model(tmp_path / here / "model.xml")
+        assert precision(openvino.Core(), read) == here
+        assert precision(Core(), read) == "f32"

@@ -51,6 +51,15 @@ def test_float_activations_and_batches_do_not_suit_kernels_of_few_bits():
     assert "at a batch of 8" in said(QuantizeWeights(), batch=8)
 
 
+def test_bfloat16_is_computed_with_by_one_runtime_on_processors_that_can():
+    both = CastWeights(dtype="bfloat16", activations="bfloat16")
+    assert said(both, "openvino", f"{AVX512} avx512_bf16") == ""
+    assert "no products of bfloat16" in said(both, "openvino", AVX512)
+    assert said(both, "openvino", "neon") == ""
+    assert "only OpenVINO computes in bfloat16" in said(both, instructions=f"{AVX512} avx512_bf16")
+    assert "cast to float32" in said(CastWeights(dtype="bfloat16"), "openvino", f"{AVX512} avx512_bf16")
+
+
 def test_nothing_is_said_of_what_is_not_known():
     assert drawback("elsewhere", QuantizeWeights(bits=3).formats, instructions=AVX2) == ""
     assert drawback("onnxruntime", {}, instructions=AVX2) == ""

@@ -8,6 +8,8 @@ VNNI, batch 1 / batch 32): static int8 3.3 / 2.4, dynamic int8 3.3 / 2.4; weight
 activations 3.5 / 1.1, of 3 bits 2.5, of 2 bits 3.6, of 8 bits 2.0 / 0.8; with float32 activations 4 bits 0.4 / 0.75,
 8 bits 0.03 / 0.16; nine of ten weights zero, or 16 values in all, 0.9. With AVX-512 4 bits and float32 activations were
 seen to reach 1.9. With OpenVINO 2026.4, one layer of 4096 × 4096, batch 1: weights of 8, 4 and 2 bits 1.6, 2.2, 2.1.
+Computing in bfloat16 with OpenVINO (AVX512-BF16): linear layers 1.7 to 1.8, a six-layer transformer 1.7 to 1.8, an LSTM
+1.7, convolutions of 64 to 256 channels 1.9, a ResNet-20 1.6.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,9 +46,21 @@ def drawback(runtime: str, formats: Mapping[str, Format], *, instructions: str, 
         ''
     """
     if "weight" in formats and formats["weight"].dtype in ("float16", "bfloat16"):
-        return "makes the file smaller, not the model faster: the numbers are cast to float32 and computed with there"
+        return _halves(runtime, formats, instructions)
     rule = _RULES.get(runtime)
     return rule(formats, instructions, batch, layer) if rule is not None and "weight" in formats else ""
+
+
+def _halves(runtime: str, formats: Mapping[str, Format], instructions: str) -> str:
+    smaller = "makes the file smaller, not the model faster"
+    if "input" not in formats:
+        return f"{smaller}: the numbers are cast to float32 and computed with there"
+    if runtime != "openvino":
+        return f"{smaller}: of these runtimes only OpenVINO computes in bfloat16"
+    known = instructions.split()
+    if "avx2" in known and not {"avx512_bf16", "amx_bf16"} & set(known):
+        return f"{smaller}: this CPU has no products of bfloat16, and computes in float32"
+    return ""
 
 
 def _onnxruntime(formats: Mapping[str, Format], instructions: str, batch: int, layer: str) -> str:

@@ -22,7 +22,9 @@ def split(formats: Formats) -> tuple[Formats, Formats]:
     )
 
 
-def store(model: ModelProto, formats: Formats, module_of: Callable[[NodeProto], str]) -> tuple[str, ...]:
+def store(
+    model: ModelProto, formats: Formats, module_of: Callable[[NodeProto], str], not_computed: str = ""
+) -> tuple[str, ...]:
     """Store weights in 16 bits, in place, and return `path: reason` for those that cannot be.
 
     Weights are tensors of at least two dimensions. Runtimes cast them once, as the file is opened, and compute in
@@ -32,6 +34,7 @@ def store(model: ModelProto, formats: Formats, module_of: Callable[[NodeProto], 
         model: with nothing to be folded any more, which would bring the weights back to float32.
         formats: of such weights.
         module_of: returns the module that a node came from.
+        not_computed: why a runtime does not compute in 16 bits, where formats ask for that too.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
     nodes: dict[str, list[NodeProto]] = {}
@@ -55,6 +58,8 @@ def store(model: ModelProto, formats: Formats, module_of: Callable[[NodeProto], 
             casts[name] = helper.make_node("Cast", [short], [name], name=f"{name}.cast", to=TensorProto.FLOAT)
         if reason:
             unmapped.append(f"{path}: {reason}")
+        elif "input" in tensors and not_computed:
+            unmapped.append(f"{path}: {not_computed}")
     for cast in reversed(casts.values()):
         model.graph.node.insert(0, cast)
     return tuple(unmapped)

@@ -24,6 +24,7 @@ from trimpoint.signature import Signature
 
 FILE = "model.onnx"
 _WARM_UP = 3
+_NO_BFLOAT16 = "is computed in float32: in ONNX Runtime 16 bits are for storage"
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 """How the names of kernels end that may do what follows them as well."""
 
@@ -86,7 +87,9 @@ class OnnxRuntime(Runtime):
         if formats:
             halves, others = onnx_halves.split(formats)
             model, unmapped, notes = _quantized(model, exported, others, calibration)
-            unmapped += onnx_halves.store(model, halves, lambda node: module_of(node.name, exported.scopes))
+            unmapped += onnx_halves.store(
+                model, halves, lambda node: module_of(node.name, exported.scopes), _NO_BFLOAT16
+            )
         scopes = onnx_graph.compact(model, _scopes_of(model, exported.scopes))
         _write(directory / FILE, onnx_graph.serialize(model))
         return Lowered(

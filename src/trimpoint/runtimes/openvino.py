@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from trimpoint.errors import ArtifactError, LoweringError, MissingDependencyError
 from trimpoint.quiet import quiet
+from trimpoint.runtimes import openvino_halves
 from trimpoint.runtimes.base import (
     Exported,
     Formats,
@@ -23,14 +24,13 @@ from trimpoint.runtimes.base import (
     calibration_feeds,
     is_dynamic,
 )
+from trimpoint.runtimes.openvino_halves import OPTIONS
 from trimpoint.signature import Signature
 from trimpoint.values import Format
 
 GRAPH, WEIGHTS = "model.xml", "model.bin"
 _WARM_UP = 3
-_OPTIONS = "runtime_options"
 _REFUSED = re.compile(r"^-- (\w+)-\d+ with a message:\n(.+?)\n\n", re.DOTALL | re.MULTILINE)
-"""Where a file says how it is to be compiled; see `openvino.properties`."""
 
 
 class OpenVinoSession(Session):
@@ -84,8 +84,8 @@ class OpenVino(Runtime):
         """Write `model.xml` and `model.bin`, float32 or with the formats realised in int8 (see `Runtime.lower`)."""
         if not formats:
             return self._save(_read(exported.onnx), exported, directory)
-        model, unmapped, notes = _quantized(exported, formats, calibration)
-        return self._save(model, exported, directory, unmapped, notes)
+        model, exact, unmapped, notes = _quantized(exported, formats, calibration)
+        return self._save(model, exported, directory, exact, unmapped, notes)
 
     def lower_one_line_int8(self, exported: Exported, directory: Path, calibration: Sequence[Any]) -> Lowered:
         """Quantise with `nncf.quantize(model, dataset)` and nothing else."""
@@ -96,7 +96,7 @@ class OpenVino(Runtime):
         return self._save(model, exported, directory)
 
     def open(self, directory: Path, lowered: Lowered, *, threads: int = 1, profile: bool = False) -> OpenVinoSession:
-        """Compile the model with a fixed number of threads, for latency, without bfloat16.
+        """Compile the model with a fixed number of threads, for latency; in bfloat16 only where its file asks for it.
 
         Raises:
             ArtifactError: if OpenVINO cannot read the files.
@@ -104,14 +104,16 @@ class OpenVino(Runtime):
         openvino = _import()
         path = directory / lowered.files["main"][0]
         settings = {
-            "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
             "PERF_COUNT": profile,
         }
         try:
-            compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+            core = openvino.Core()
+            model = core.read_model(str(path))
+            settings[openvino_halves.HINT] = openvino_halves.precision(core, model)
+            compiled = core.compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise ArtifactError(f"OpenVINO cannot open {path.name!r}: {error}") from error
         return OpenVinoSession(lowered.signature, compiled)
@@ -141,6 +143,7 @@ class OpenVino(Runtime):
         model: Any,
         exported: Exported,
         directory: Path,
+        exact: frozenset[str] = frozenset(),
         unmapped: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> Lowered:
@@ -151,7 +154,7 @@ class OpenVino(Runtime):
                 openvino.save_model(model, str(path), compress_to_fp16=False)
         except RuntimeError as error:
             raise LoweringError(f"OpenVINO cannot write the model: {error}") from error
-        _strip(path, exported.signature, exported.scopes)
+        _strip(path, exported.signature, exported.scopes, exact)
         return Lowered(
             runtime=self.name,
             files={"main": (GRAPH, WEIGHTS)},
@@ -177,8 +180,8 @@ def _needs_nncf() -> None:
 
 def _quantized(
     exported: Exported, formats: Formats, calibration: Sequence[Any]
-) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
-    """Return the model with its formats realised, what could not be, and what to beware of elsewhere.
+) -> tuple[Any, frozenset[str], tuple[str, ...], tuple[str, ...]]:
+    """Return the model with its formats realised, operators to keep in float32, what could not be realised, and notes.
 
     Static formats come first.
     """
@@ -210,14 +213,16 @@ def _quantized(
         model, missing = nncf_quantize.compress_weights(model, exported, each_call)
         unmapped += missing
     for kind in {tensors["weight"].dtype for tensors in halves.values()}:
-        _halve(model, kind)
-    exact = [path for path, tensors in grouped.items() if "input" not in tensors]
-    if exact:
+        openvino_halves.store(model, kind)
+    int8 = before.keys() - {text.partition(":")[0] for text in unmapped}
+    exact, refused, told = openvino_halves.compute(model, halves, int8, lambda name: _module_of(name, exported.scopes))
+    whole = [path for path, tensors in grouped.items() if "input" not in tensors]
+    if whole:
         # By default, CPUs with 8-bit dot products round the inputs of products with compressed weights in each call.
-        model.set_rt_info(0, [_OPTIONS, "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+        model.set_rt_info(0, [OPTIONS, "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
         rounded = sorted(path for path in (*grouped, *each_call) if "input" in formats[path])
-        unmapped += tuple(f"{path}: its inputs stay in float32, as those of {exact[0]} do" for path in rounded)
-    return model, unmapped, notes
+        unmapped += tuple(f"{path}: its inputs stay in float32, as those of {whole[0]} do" for path in rounded)
+    return model, exact, unmapped + refused, notes + told
 
 
 def _by_channel(
@@ -242,25 +247,6 @@ def _by_channel(
     return result, tuple(reasons)
 
 
-def _halve(model: Any, kind: str) -> None:
-    """Store in 16 bits, in place, the weights that consist of such numbers: reading has cast them to float32.
-
-    The plug-in does so again when it compiles the model.
-    """
-    from openvino import Type, opset13
-
-    from trimpoint.quantization.halves import rounded
-
-    types = {"float16": Type.f16, "bfloat16": Type.bf16}
-    for op in model.get_ordered_ops():
-        if op.get_type_name() != "Constant" or op.get_element_type() != Type.f32 or len(op.get_output_shape(0)) < 2:
-            continue
-        if op.data.size > 1 and (rounded(op.data, kind) == op.data).all():
-            whole = opset13.convert(opset13.constant(op.data, types[kind]), "f32")
-            for reader in op.output(0).get_target_inputs():
-                reader.replace_source_output(whole.output(0))
-
-
 def _read(onnx: bytes) -> Any:
     """Return the OpenVINO model of an ONNX graph, with its constants folded.
 
@@ -273,6 +259,7 @@ def _read(onnx: bytes) -> Any:
         with quiet():
             model = openvino.Core().read_model(onnx)
             apply_moc_transformations(model, False)
+            _name_sequences(model)
     except RuntimeError as error:
         reasons = [f"{kind}: {text.strip().splitlines()[-1]}" for kind, text in _REFUSED.findall(str(error))]
         raise LoweringError(
@@ -282,15 +269,25 @@ def _read(onnx: bytes) -> Any:
     return model
 
 
-def _strip(path: Path, signature: Signature, scopes: Mapping[str, str]) -> None:
+def _name_sequences(model: Any) -> None:
+    """Name recurrent operators, which reading leaves nameless, after what reads them: so their module is known."""
+    for op in model.get_ordered_ops():
+        readers = [reader.get_node() for port in op.outputs() for reader in port.get_target_inputs()]
+        if op.get_type_name().endswith("Sequence") and readers:
+            op.set_friendly_name(f"{readers[0].get_friendly_name()}/{op.get_type_name()}")
+
+
+def _strip(path: Path, signature: Signature, scopes: Mapping[str, str], exact: frozenset[str]) -> None:
     """Remove from the graph what the plug-in does not read: histories, names of tensors, constants stored twice.
+
+    Operators in `exact` are marked as such, which the plug-in does read.
 
     Operators that OpenVINO has named itself, by counters that differ from run to run, are named after their position.
     """
     tree = ElementTree.parse(path)
     root = tree.getroot()
     for about in root.findall("rt_info"):
-        for child in [child for child in about if child.tag != _OPTIONS]:
+        for child in [child for child in about if child.tag != OPTIONS]:
             about.remove(child)
         if len(about) == 0:
             root.remove(about)
@@ -301,6 +298,9 @@ def _strip(path: Path, signature: Signature, scopes: Mapping[str, str]) -> None:
                     info.remove(attribute)
             if len(info) == 0:
                 layer.remove(info)
+        if layer.get("name") in exact:
+            info = ElementTree.SubElement(layer, "rt_info")
+            ElementTree.SubElement(info, "attribute", name="precise", version="0")
     known = {spec.name for spec in (*signature.inputs, *signature.outputs)}
     for port in root.iter("port"):
         if known.isdisjoint(port.get("names", "").split(",")):

@@ -5,7 +5,6 @@ Nothing here imports torch, and nothing named in a file is imported: NumPy, safe
 
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.base import Lowered, Session
 from trimpoint.runtimes.stream import Stream
 from trimpoint.signature import Signature
-from trimpoint.storage import put_in_place, sync
+from trimpoint.storage import put_in_place, scratch_beside, sync
 from trimpoint.values import Certificate, Profile, dumps, from_data, to_data
 
 _RECORDS = ("plan", "profile", "certificate", "environment")
@@ -174,8 +173,8 @@ def write_artifact(
     recorded = parity_bytes(lowered.signature, parity, tolerance or Tolerance())
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
-            work = Path(temporary) / directory.name
+        with scratch_beside(directory) as scratch:
+            work = scratch / directory.name
             work.mkdir()
             for name, path in copies.items():
                 _copy(path, work / name)

@@ -16,7 +16,7 @@ from trimpoint.coding.reading import DEFAULT_MOST_BYTES
 from trimpoint.errors import ArtifactError, StorageError, TrimpointError
 from trimpoint.manifest import MANIFEST, check_files, is_artifact, model_of, read_manifest
 from trimpoint.runtimes.base import Lowered
-from trimpoint.storage import put_in_place, sync, sync_directory
+from trimpoint.storage import put_in_place, scratch_beside, sync, sync_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +92,8 @@ def pack_artifact(
         )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as temporary:
-            work = Path(temporary) / file.name
+        with scratch_beside(file) as scratch:
+            work = scratch / file.name
             if model_only:
                 contents = code_model(work, directory, model_of(manifest), on_step)
             else:
@@ -129,8 +129,8 @@ def unpack_artifact(
     file, directory = Path(file), Path(directory).absolute()
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
-            work = Path(temporary) / directory.name
+        with scratch_beside(directory) as scratch:
+            work = scratch / directory.name
             work.mkdir()
             contents = _restored(file, work, max_bytes, on_step).contents
             for name in contents.files:

@@ -1,11 +1,13 @@
 """Writing so that a reader sees the old or the new, never half of it."""
 
+import glob
 import os
 import shutil
 import tempfile
+import time
 import unicodedata
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from trimpoint.errors import ArtifactError
@@ -15,6 +17,8 @@ _LONGEST_NAME = 255
 _PORTS = (f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³")
 _DEVICES = frozenset(("con", "prn", "aux", "nul", "conin$", "conout$", *_PORTS))
 """https://learn.microsoft.com/windows/win32/fileio/naming-a-file"""
+_FRESH_SECONDS = 60
+"""A directory as young as this may not be locked yet by the process that has made it."""
 
 
 def is_plain_path(name: str) -> bool:
@@ -74,6 +78,45 @@ def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Give an empty directory beside `path`, on its file system, that is removed at the end.
+
+    What killed processes have left of theirs for the same path is removed first. A process holds a lock on its
+    directory as long as it lives; where the system has no such locks (Windows), leftovers stay.
+
+    Raises:
+        OSError: if the system refuses.
+    """
+    prefix = f".{path.name}-trimpoint-"
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        with suppress(OSError), _locked(left) as free:
+            if free and time.time() - left.stat().st_mtime > _FRESH_SECONDS:
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as made, _locked(Path(made)):
+        yield Path(made)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Hold the lock of a directory; give whether nobody else has it."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(descriptor)
 

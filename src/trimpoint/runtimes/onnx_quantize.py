@@ -71,6 +71,10 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return next(self.batches, None)
 
 
+_FUSED = "/MatMulAddFusion"
+"""What ONNX Runtime appends to the name of a product that it fuses with the addition of its bias."""
+
+
 def preprocess(model: ModelProto) -> ModelProto:
     """Return the model with constants folded, all shapes inferred and all nodes named, as the quantiser needs it.
 
@@ -97,11 +101,14 @@ def preprocess(model: ModelProto) -> ModelProto:
 
 
 def _named(model: ModelProto) -> ModelProto:
-    """Name, in place, the nodes of functions that were expanded (such as `Mish`): nodes are chosen by their names."""
+    """Name, in place, the nodes of functions that were expanded (such as `Mish`): nodes are chosen by their names.
+
+    A product that was fused with the addition of its bias, as it is where all shapes are fixed, keeps its own.
+    """
     taken = {node.name for node in model.graph.node}
     for node in model.graph.node:
-        name = node.name or f"{node.op_type}_{node.output[0]}"
-        while not node.name and name in taken:
+        name = node.name.removesuffix(_FUSED) or f"{node.op_type}_{node.output[0]}"
+        while name != node.name and name in taken:
             name += "_"
         node.name = name
         taken.add(name)

@@ -12,7 +12,8 @@ from tests.runtimes import networks
 from trimpoint.measure.environment import instruction_set
 from trimpoint.runtimes import get_runtime
 from trimpoint.runtimes.export import export
-from trimpoint.runtimes.saturation import HIGH, overflows, saturating_product
+from trimpoint.runtimes.onnx_dynamic import INPUT
+from trimpoint.runtimes.saturation import HIGH, overflows, saturating_product, saturations
 from trimpoint.values import Format
 
 RUNTIME = get_runtime("onnxruntime")
@@ -134,3 +135,91 @@ def test_no_layer_that_answers_otherwise_on_such_a_cpu_goes_without_a_warning(se
     seen = [note for note in made.notes if " % did" in note]
     assert bool(differs) == bool(seen)
     assert onnx.load(tmp_path / "model.onnx").graph.node
+
+
+def test_a_grouped_convolution_with_several_outputs_of_a_channel_is_no_depthwise_one(tmp_path):
+    """ONNX Runtime has the kernel of its own for one output of each channel only."""
+    torch.manual_seed(0)
+    wide = nn.Sequential(loaded(nn.Conv2d(8, 16, 2, groups=8)))
+    (note,) = lowered(wide, torch.rand(16, 8, 3, 3) * 0.3 + 0.7, tmp_path).notes
+    assert " % did" in note
+
+
+DYNAMIC = {
+    "linear": lambda: loaded(nn.Linear(12, 5)),
+    "lstm": lambda: nn.LSTM(12, 6, batch_first=True),
+    "two directions": lambda: nn.LSTM(12, 6, batch_first=True, bidirectional=True),
+}
+
+
+class First(nn.Module):
+    """A layer's first result."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        made = self.layer(x)
+        return made[0] if isinstance(made, tuple) else made
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_dynamic_layers_that_overflow_are_flagged_and_seven_bits_clear_them(name, tmp_path):
+    torch.manual_seed(0)
+    module, inputs = First(DYNAMIC[name]()).eval(), torch.rand(16, 4, 12) * 0.3 + 0.7
+    if name != "linear":
+        with torch.no_grad():
+            for number, parameter in enumerate(module.parameters()):
+                if parameter.ndim == 2:  # weights that read the hidden state are small, or the states would be
+                    parameter.copy_(torch.where(parameter >= 0, 1.0, -1.0) * (0.5 if number % 4 == 0 else 0.1))
+    exported = export(module, inputs[:2], {"input": {0: "batch"}})
+    for reduce_range in (False, True):
+        weight = Format(dtype="int8", granularity="channel", reduce_range=reduce_range)
+        formats = {"layer": {"weight": weight, "input": INPUT}}
+        for data in ([inputs.numpy()], []):
+            made = RUNTIME.lower(exported, tmp_path, formats=formats, calibration=data)
+            assert not made.unmapped
+            if reduce_range:
+                assert made.notes == ()
+                continue
+            (note,) = made.notes
+            assert note.startswith("layer: ")
+            assert (" % did" if data else "no calibration data") in note
+
+
+def test_an_lstm_is_counted_with_the_states_that_it_reads(tmp_path):
+    """Inputs that are zero overflow nothing; the hidden states do, except the first."""
+    torch.manual_seed(0)
+    layer = nn.LSTM(3, 8, batch_first=True)
+    with torch.no_grad():
+        layer.weight_ih_l0.zero_()
+        layer.weight_hh_l0.fill_(0.1)
+        layer.bias_ih_l0.fill_(3.0)
+    module, inputs = First(layer).eval(), torch.zeros(4, 5, 3)
+    exported = export(module, inputs[:2], {"input": {0: "batch"}})
+    weight = Format(dtype="int8", granularity="channel")
+    made = RUNTIME.lower(exported, tmp_path, formats={"layer": {"weight": weight, "input": INPUT}}, calibration=[])
+    model = onnx.load(tmp_path / "model.onnx")
+    assert len(made.notes) == 1
+    (found,) = saturations(model, [{"input": inputs.numpy()}])
+    # Of 32 rows: two pairs of inputs and four of states, in 5 steps of 4 sequences; the first state is zero.
+    assert found.sums == 32 * (2 * 20 + 4 * 20)
+    assert found.seen == 32 * 4 * 16 / found.sums
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_overflow_where_they_are_computed_on_integers(groups, tmp_path):
+    torch.manual_seed(0)
+    module = nn.Sequential(loaded(nn.ConvTranspose2d(8, 6, 2, stride=2, groups=groups))).eval()
+    inputs = torch.rand(16, 8, 3, 3) * 0.3 + 0.7
+    exported = export(module, inputs[:2], {"input": {0: "batch"}})
+    made = {}
+    for runtime in ("onnxruntime", "openvino"):
+        (tmp_path / runtime).mkdir()
+        formats = {"0": {"weight": Format(dtype="int8"), "input": networks.INPUT}}
+        lower = get_runtime(runtime).lower
+        made[runtime] = lower(exported, tmp_path / runtime, formats=formats, calibration=[inputs.numpy()])
+    assert made["onnxruntime"].notes == ()
+    (note,) = made["openvino"].notes
+    assert " % did" in note

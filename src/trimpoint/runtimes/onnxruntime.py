@@ -234,7 +234,7 @@ def _quantized(
 
     Static formats come first, then dynamic ones.
     """
-    from trimpoint.runtimes import onnx_dynamic, onnx_graph, onnx_neighbours, onnx_quantize, onnx_weights, saturation
+    from trimpoint.runtimes import onnx_dynamic, onnx_graph, onnx_neighbours, onnx_quantize, onnx_weights
 
     grouped, formats = onnx_weights.split(exported, formats)
     missing = onnx_weights.compress(model, exported, grouped)
@@ -247,11 +247,13 @@ def _quantized(
     static = onnx_quantize.select(prepared, exported, before)
     unmapped = (*missing, *static.unmapped, *dynamic.unmapped)
     if not static.nodes:
-        return (onnx_dynamic.quantize(prepared, dynamic) if dynamic.weights else model), unmapped, ()
+        if not dynamic.weights:
+            return model, unmapped, ()
+        each = onnx_dynamic.quantize(prepared, dynamic)
+        return each, unmapped, _overflows(each, exported, calibration)
     separate = onnx_quantize.quantize(prepared, static, calibration_feeds(exported.signature, calibration))
-    found = saturation.saturations(separate, calibration_feeds(exported.signature, calibration))
-    notes = tuple(saturation.note(each, module_of(each.node, exported.scopes)) for each in found)
     separate = onnx_dynamic.quantize(separate, dynamic)
+    notes = _overflows(separate, exported, calibration)
     onnx_neighbours.keep_float(separate)
     onnx_graph.strip(separate)
     fused = onnx_quantize.fuse(separate)
@@ -260,6 +262,15 @@ def _quantized(
     feeds = next(calibration_feeds(exported.signature, calibration))
     smaller = len(other) < len(one) and onnx_quantize.same_answers(one, other, feeds)
     return (fused if smaller else separate), unmapped, notes
+
+
+def _overflows(model: Any, exported: Exported, calibration: Sequence[Any]) -> tuple[str, ...]:
+    """Return a note on each layer that can overflow on CPUs without VNNI; dynamic int8 needs no calibration data."""
+    from trimpoint.runtimes import saturation
+
+    feeds = calibration_feeds(exported.signature, calibration) if len(calibration) else ()
+    found = saturation.saturations(model, feeds, transposed=False)
+    return tuple(saturation.note(each, module_of(each.node, exported.scopes)) for each in found)
 
 
 def _scopes_of(model: Any, scopes: Mapping[str, str]) -> dict[str, str]:

@@ -3,7 +3,8 @@
 On x86-64 without VNNI, kernels multiply unsigned activations with signed weights by `vpmaddubsw`: the products of two
 neighbours are added in 16 bits, which saturate. With weights of 7 bits two products never reach the end. The order of
 neighbours is that of ONNX Runtime's kernels: along the inputs of a matrix product, along the channels of a convolution.
-Depthwise convolutions have a kernel of their own that does not.
+Depthwise convolutions have a kernel of their own that does not, if a channel makes one and no more. Of a transposed
+convolution, which OpenVINO alone computes on integers, the channels of one position are neighbours.
 
 This module needs `onnx` (the full installation); what opens an artifact does not import it.
 
@@ -50,31 +51,34 @@ class Saturation:
 @dataclass(frozen=True)
 class _Layer:
     node: NodeProto
-    source: str  # quantised activations, uint8
+    sources: tuple[str, ...]  # quantised activations, uint8; of an LSTM, which rounds by itself, floats
     zero: int  # what stands for zero among them
     weights: list[np.ndarray]  # of each group, `[inputs, outputs]` in the kernel's order, int64
 
 
-def saturations(model: ModelProto, feeds: Iterable[Mapping[str, np.ndarray]]) -> list[Saturation]:
+def saturations(
+    model: ModelProto, feeds: Iterable[Mapping[str, np.ndarray]], *, transposed: bool = True
+) -> list[Saturation]:
     """Return the layers whose 16-bit sums can overflow on a CPU without VNNI, and how many do on some inputs.
 
     A layer that is not returned cannot overflow, whatever it reads.
 
     Args:
-        model: in quantise/dequantise form, uint8 activations and int8 weights.
+        model: in quantise/dequantise form, uint8 activations and int8 weights, or with dynamic int8.
         feeds: input name → array, batch after batch; read one at a time, until enough of each layer was seen.
+        transposed: whether the runtime computes transposed convolutions on integers, as OpenVINO does.
     """
-    layers = [layer for layer in _layers(model) if _possible(layer.weights)]
+    layers = [layer for layer in _layers(model, transposed) if _possible(layer.weights)]
     if not layers:
         return []
     counts = {layer.node.name: [0, 0, 0] for layer in layers}  # overflows, sums, positions
-    session = _session(model, {layer.source for layer in layers})
+    session = _session(model, layers)
     names = [output.name for output in session.get_outputs()]
     for feed in feeds:
-        found = dict(zip(names, session.run(names, dict(feed)), strict=True))
+        found = dict(feed) | dict(zip(names, session.run(names, dict(feed)), strict=True))
         for layer in layers:
             count = counts[layer.node.name]
-            for matrix, weight in zip(_rows(layer, found[layer.source]), layer.weights, strict=True):
+            for matrix, weight in zip(_rows(layer, found), layer.weights, strict=True):
                 rows = _some(matrix, _POSITIONS - count[2] // len(layer.weights))
                 count[0] += overflows(rows, weight)
                 count[1] += len(rows) * ((weight.shape[0] + 1) // 2) * weight.shape[1]
@@ -95,9 +99,10 @@ def saturations(model: ModelProto, feeds: Iterable[Mapping[str, np.ndarray]]) ->
 def note(found: Saturation, path: str) -> str:
     """Say what a layer does on a CPU without VNNI, and how to rule it out."""
     seen = f"{100 * found.seen:.2g} % did" if found.seen else f"none of {found.sums:,} did"
+    seen = f"on calibration data {seen}" if found.sums else "there is no calibration data to see whether they do"
     return (
         f"{path or found.node}: on a CPU without 8-bit dot products (VNNI) its 16-bit sums can overflow; "
-        f"on calibration data {seen}. Weights of 7 bits rule it out (`reduce_range=True`)"
+        f"{seen}. Weights of 7 bits rule it out (`reduce_range=True`)"
     )
 
 
@@ -143,11 +148,20 @@ def _possible(weights: list[np.ndarray]) -> float:
     return hit / max(1, count)
 
 
-def _layers(model: ModelProto) -> Iterator[_Layer]:
+def _layers(model: ModelProto, transposed: bool) -> Iterator[_Layer]:
     made_by = {name: node for node in model.graph.node for name in node.output}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        if node.op_type in ("DynamicQuantizeLSTM", "MatMulIntegerToFloat"):
+            names = node.input[1:3] if node.op_type == "DynamicQuantizeLSTM" else node.input[1:2]
+            arrays = [numpy_helper.to_array(stored[name]).astype(np.int64) for name in names]
+            if node.op_type == "MatMulIntegerToFloat":
+                yield _Layer(node, (node.input[0],), 0, arrays)
+            else:
+                sources = (node.input[0], _states_of(node), *(name for name in node.input[5:6] if name))
+                yield _Layer(node, sources, 0, [array[way] for way in range(len(arrays[0])) for array in arrays])
+            continue
+        if node.op_type not in ("Conv", "Gemm", "MatMul", *(["ConvTranspose"] if transposed else [])):
             continue
         data, weight = (made_by.get(name) for name in node.input[:2])
         if data is None or weight is None or {data.op_type, weight.op_type} != {"DequantizeLinear"}:
@@ -159,25 +173,34 @@ def _layers(model: ModelProto) -> Iterator[_Layer]:
         zero = stored.get(data.input[2]) if len(data.input) > 2 else None
         if matrices:
             at = 0 if zero is None else int(numpy_helper.to_array(zero).flat[0])
-            yield _Layer(node, data.input[0], at, matrices)
+            yield _Layer(node, (data.input[0],), at, matrices)
 
 
 def _matrices(node: NodeProto, weight: np.ndarray) -> list[np.ndarray]:
     """Return the weight of each group, `[inputs, outputs]`; nothing for what other kernels compute."""
     if node.op_type == "Conv":
         groups = _attribute(node, "group", 1)
-        if groups > 1 and weight.shape[1] == 1:
+        if groups > 1 and weight.shape[1] == 1 and len(weight) == groups:
             return []
         rows = np.moveaxis(weight, 1, -1).reshape(len(weight), -1)
         return [part.T for part in np.split(rows, groups)]
+    if node.op_type == "ConvTranspose":
+        return np.split(weight.reshape(len(weight), -1), _attribute(node, "group", 1))
     if weight.ndim != 2:
         return []
     return [weight.T if node.op_type == "Gemm" and _attribute(node, "transB", 0) else weight]
 
 
-def _rows(layer: _Layer, values: np.ndarray) -> Iterator[np.ndarray]:
+def _rows(layer: _Layer, found: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
     """Yield what each group of a layer multiplies its weight with, `[positions, inputs]`."""
-    node = layer.node
+    node, values = layer.node, found[layer.sources[0]]
+    if node.op_type == "DynamicQuantizeLSTM":
+        yield from _states(node, found)
+        return
+    if node.op_type == "ConvTranspose":
+        for part in np.split(values, len(layer.weights), axis=1):
+            yield np.moveaxis(part, 1, -1).reshape(-1, part.shape[1])
+        return
     if node.op_type != "Conv":
         yield values.reshape(-1, values.shape[-1])
         return
@@ -197,6 +220,34 @@ def _rows(layer: _Layer, values: np.ndarray) -> Iterator[np.ndarray]:
         yield np.moveaxis(part, 1, -1).reshape(-1, part.shape[1] * int(np.prod(kernel)))
 
 
+def _states(node: NodeProto, found: Mapping[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield for each direction of an LSTM what it multiplies with its weights: the inputs, and the hidden states.
+
+    The kernel rounds all inputs of a call by one range, and the hidden states of each step by theirs. A first state
+    that is zero overflows nothing.
+    """
+    inputs, states = found[node.input[0]], found[_states_of(node)]  # [steps, batch, …], [steps, directions, batch, …]
+    begin = found.get(node.input[5]) if len(node.input) > 5 else None
+    for way in range(states.shape[1]):
+        yield _rounded(inputs).reshape(-1, inputs.shape[-1])
+        ordered = states[::-1, way] if way or _attribute(node, "direction", b"") == b"reverse" else states[:, way]
+        before = [*([] if begin is None else [begin[way]]), *ordered[:-1]]
+        yield np.concatenate([_rounded(each) for each in before] or [np.zeros((0, states.shape[-1]), np.uint8)])
+
+
+def _states_of(node: NodeProto) -> str:
+    """Return the name of all hidden states of an LSTM, which it need not have in the graph."""
+    return str(node.output[0]) or f"{node.name}_states"
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Return activations as dynamic int8 rounds them: by their range, with zero in it."""
+    low, high = min(float(values.min(initial=0)), 0.0), max(float(values.max(initial=0)), 0.0)
+    scale = (high - low) / LARGEST or 1.0
+    codes: np.ndarray = np.clip(np.rint(values / scale) + round(-low / scale), 0, LARGEST).astype(np.uint8)
+    return codes
+
+
 def _some(rows: np.ndarray, count: int) -> np.ndarray:
     """Return at most `count` rows, evenly spread."""
     if count <= 0:
@@ -209,13 +260,19 @@ def _attribute(node: NodeProto, name: str, default: Any) -> Any:
     return default if found is None else helper.get_attribute_value(found)
 
 
-def _session(model: ModelProto, watched: set[str]) -> onnxruntime.InferenceSession:
-    """Return a session whose outputs are quantised activations, without fusions that would take them away."""
+def _session(model: ModelProto, layers: Iterable[_Layer]) -> onnxruntime.InferenceSession:
+    """Return a session whose outputs are what the layers read, without fusions that would take it away."""
     seen = ModelProto()
     seen.CopyFrom(model)
     del seen.graph.output[:]
-    for name in sorted(watched):
-        seen.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
+    for node in seen.graph.node:
+        if node.op_type == "DynamicQuantizeLSTM":
+            node.output[0] = _states_of(node)
+    known = {value.name for value in (*model.graph.input, *model.graph.initializer)}
+    watched = {name: layer.node.op_type == "DynamicQuantizeLSTM" for layer in layers for name in layer.sources}
+    for name in sorted(set(watched) - known):
+        kind = TensorProto.FLOAT if watched[name] else TensorProto.UINT8
+        seen.graph.output.append(helper.make_tensor_value_info(name, kind, None))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -2,7 +2,8 @@
 
 The peers are `quantize_static` of ONNX Runtime: in one line, and with the settings that are best for a convolutional
 network (a scale per channel, 7 bits) and each of its calibrators. All see the same 512 images. The finalist in int8 is
-the one whose answers on `select` differ least from float32; it is certified by itself, before the others.
+the one whose answers on `select` differ least from float32, among those no worse there than the best peer; it is
+certified by itself, before the others.
 """
 
 import statistics
@@ -25,12 +26,13 @@ from trimpoint.runtimes.base import Lowered
 from trimpoint.runtimes.export import export
 
 QUESTION = "What does int8 cost and bring on a ResNet-20, and how well do weights of 4 bits do without training?"
-OURS, DEFAULT = "int8, ranges of 99.99 %, biases corrected", "int8"
+OURS, DEFAULT = "int8, ranges of 99.99 %, GPTQ", "int8"
 PLAIN, BEST = "4 bits, to nearest, scale by the largest", "4 bits, adaptive rounding"
 PLANS = {
     DEFAULT: QuantizeStatic(),
     "int8, ranges of 99.99 %": QuantizeStatic(observer="percentile"),
-    OURS: QuantizeStatic(observer="percentile", correct_bias=True),
+    "int8, ranges of 99.99 %, biases corrected": QuantizeStatic(observer="percentile", correct_bias=True),
+    OURS: QuantizeStatic(observer="percentile", rounding="gptq"),
     "int8, ranges by squared error": QuantizeStatic(observer="mse"),
     "int8, GPTQ": QuantizeStatic(rounding="gptq"),
     PLAIN: QuantizeStatic(bits=4, weights="largest"),
@@ -53,7 +55,7 @@ def run(resume_dir: Path) -> dict[str, Any]:
     for name, method in PLANS.items():
         comparison.add(name, Plan().then(method))
     timed = comparison.timed(rounds=60)
-    certificates = comparison.certify([OURS], MARGIN, "int8-resnet20-closest")
+    certificates = comparison.certify([OURS], MARGIN, "int8-resnet20-closest-as-good")
     certificates |= comparison.certify([DEFAULT, PLAIN, BEST], MARGIN, "int8-resnet20")
     rows = comparison.rows(timed, certificates)
     select = {row["system"]: row["select"] for row in rows}

@@ -234,7 +234,14 @@ def _quantized(
 
     Static formats come first, then dynamic ones.
     """
-    from trimpoint.runtimes import onnx_dynamic, onnx_graph, onnx_neighbours, onnx_quantize, onnx_weights
+    from trimpoint.runtimes import (
+        onnx_channels,
+        onnx_dynamic,
+        onnx_graph,
+        onnx_neighbours,
+        onnx_quantize,
+        onnx_weights,
+    )
 
     grouped, formats = onnx_weights.split(exported, formats)
     missing = onnx_weights.compress(model, exported, grouped)
@@ -253,6 +260,7 @@ def _quantized(
         return each, unmapped, _overflows(each, exported, calibration)
     separate = onnx_quantize.quantize(prepared, static, calibration_feeds(exported.signature, calibration))
     separate = onnx_dynamic.quantize(separate, dynamic)
+    onnx_channels.complete(separate)
     notes = _overflows(separate, exported, calibration)
     onnx_neighbours.keep_float(separate)
     onnx_graph.strip(separate)

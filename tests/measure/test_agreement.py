@@ -69,12 +69,11 @@ def test_rounding_is_told_and_none_is_none(model, task, tmp_path):
     assert list(simulation_profile(compressed.module, session, samples, choices=False)) == ["sqnr_db"]
 
 
-@pytest.mark.parametrize(("factor", "percentile"), [(1e6, None), (1e6, 95.0), (0.0, None)])
+@pytest.mark.parametrize(("factor", "percentile"), [(1e6, None), (1e6, 95.0), (1e-6, None)])
 def test_ranges_of_other_data_are_told(model, task, tmp_path, factor, percentile):
-    """Of 4,096 numbers one is an outlier of a million, or all are zero."""
+    """Of 4,096 numbers one is an outlier of a million, or all are a million times as small."""
     strange = task.data("calibrate").tensors[0].clone()
-    strange[:1, :1] *= factor
-    strange = strange if factor else 0 * strange
+    strange[: 1 if factor > 1 else None, : 1 if factor > 1 else None] *= factor
     given = task.with_(calibrate=TensorDataset(strange, torch.zeros(64, dtype=torch.long)))
     method = QuantizeStatic(observer="percentile", percentile=percentile) if percentile else QuantizeStatic()
     compressed, session, *_, samples = made(model, given, tmp_path, method)

@@ -118,6 +118,16 @@ def test_int8_without_calibration_data_is_refused(runtime, cases, tmp_path):
     assert "calibrate" in caught.value.hint
 
 
+def test_calibration_data_of_zeros_alone_is_refused(runtime, cases, tmp_path):
+    module, inputs, exported, _ = cases["cnn"]
+    zeros = [np.zeros_like(as_numpy(inputs(4))), np.zeros_like(as_numpy(inputs(2)))]
+    with pytest.raises(DataError, match="zero throughout") as caught:
+        runtime.lower(exported, tmp_path, formats=networks.int8(module), calibration=zeros)
+    assert "samples such as the model will see" in caught.value.hint
+    one = [*zeros, as_numpy(inputs(1))]
+    assert runtime.lower(exported, tmp_path, formats=networks.int8(module), calibration=one).unmapped == ()
+
+
 def test_calibration_data_that_does_not_fit_is_refused(runtime, cases, tmp_path):
     module, _, exported, _ = cases["cnn"]
     with pytest.raises(DataError, match="must be float32 of shape"):

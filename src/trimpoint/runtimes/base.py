@@ -97,14 +97,23 @@ def calibration_feeds(signature: Signature, calibration: Sequence[Any]) -> Itera
         calibration: batches of inputs in the module's structure.
 
     Raises:
-        DataError: if there are none, or one does not fit the signature.
+        DataError: if there are none, one does not fit the signature, or all of them are zero throughout: no range of
+            values can be taken from that. That is told behind the last.
     """
     if len(calibration) == 0:
         raise DataError(
             "Static int8 needs calibration data. Got none.", "give the task a `calibrate` role, a few hundred samples"
         )
+    told = False
     for batch in calibration:
-        yield dict(zip([spec.name for spec in signature.inputs], flat_inputs(signature, batch), strict=True))
+        arrays = flat_inputs(signature, batch)
+        told = told or any(array.any() for array in arrays)
+        yield dict(zip([spec.name for spec in signature.inputs], arrays, strict=True))
+    if not told:
+        raise DataError(
+            "The calibration data are zero throughout: no range of values can be taken from them.",
+            "give samples such as the model will see, prepared as it was trained with them",
+        )
 
 
 def flat_inputs(signature: Signature, inputs: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 The network is that of `examples/banking77_model.py`, fine-tuned; batch 1, one thread, nothing is padded. The 3,080 test
 queries are scored for the finalists. Peers are the quantisers of ONNX Runtime and NNCF on the same export, with the
-same queries to calibrate on.
+same queries to calibrate on. The finalist is the fastest that is no worse on `select` than the fastest peer.
 """
 
 import importlib
@@ -21,11 +21,11 @@ from trimpoint.plan import Plan
 
 QUESTION = "What does int8 cost and bring on a MiniLM, at batch 1 and the lengths of the queries?"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-OURS, STATIC = "dynamic int8", "static int8"
+OURS, STATIC = "dynamic int8, smoothed", "static int8"
 PLANS = {
-    OURS: Plan().then(QuantizeDynamic()),
+    "dynamic int8": Plan().then(QuantizeDynamic()),
     "dynamic int8, 8 bits of weights": Plan().then(QuantizeDynamic(reduce_range=False)),
-    "dynamic int8, smoothed": Plan().then(SmoothActivations(), QuantizeDynamic()),
+    OURS: Plan().then(SmoothActivations(), QuantizeDynamic()),
     STATIC: Plan().then(QuantizeStatic()),
     "static int8, ranges by squared error": Plan().then(QuantizeStatic(observer="mse")),
     "static int8, ranges of 99.99 %": Plan().then(QuantizeStatic(observer="percentile")),
@@ -43,7 +43,7 @@ MARGIN = 0.01
 
 
 def run(resume_dir: Path) -> dict[str, Any]:
-    """Make, time and score all; certify the dynamic and the static form with default settings."""
+    """Make, time and score all; certify the finalist, and the static form with default settings."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
     banking = importlib.import_module("banking77_model")
@@ -56,7 +56,7 @@ def run(resume_dir: Path) -> dict[str, Any]:
     for name, plan in PLANS.items():
         comparison.add(name, plan)
     timed = comparison.timed()
-    certificates = comparison.certify([OURS, STATIC], MARGIN, "int8-minilm")
+    certificates = comparison.certify([OURS, STATIC], MARGIN, "int8-minilm-smoothed")
     rows = comparison.rows(timed, certificates)
     select = {row["system"]: row["select"] for row in rows}
     fastest = max(("one-line int8", *PEERS), key=lambda name: timed[name].ratio)

@@ -98,18 +98,21 @@ def _labels(arrays: Arrays, part: str) -> Tensor:
     return torch.from_numpy(arrays[f"{part}_labels"].astype(np.int64))
 
 
-def crop_and_flip(inputs: Tensor, targets: Any, generator: torch.Generator, pad: int = 4) -> tuple[Tensor, Any]:
-    """Shift each image by up to `pad` pixels, filling with zeros, and flip half of them left to right.
+def crop_and_flip(
+    inputs: Tensor, targets: Any, generator: torch.Generator, pad: int = 4, flipped: float = 0.5
+) -> tuple[Tensor, Any]:
+    """Shift each image by up to `pad` pixels, filling with zeros, and flip some of them left to right.
 
     Args:
         inputs: `[batch, channels, height, width]`; not changed.
         targets: returned as they are.
         generator: source of the random numbers.
         pad: most pixels of a shift, each way.
+        flipped: share of the images that are flipped, about.
     """
     n, _, height, width = inputs.shape
     shift = torch.randint(0, 2 * pad + 1, (n, 2), generator=generator)
-    flip = torch.rand(n, generator=generator) < 0.5
+    flip = torch.rand(n, generator=generator) < flipped
     rows = torch.arange(height) + shift[:, :1]
     columns = torch.arange(width).expand(n, width)
     columns = torch.where(flip[:, None], width - 1 - columns, columns) + shift[:, 1:]

@@ -78,7 +78,8 @@ class Task:
                 check_indexable(getattr(self, role), f"The `{role}` data")
         if not isinstance(self.score, Score):
             raise InvalidParameterError(
-                f"The 'score' parameter of Task must be a Score. Got {self.score!r}.", "write `Task(score=Accuracy())`"
+                f"The 'score' parameter of Task must be a Score. Got {self.score!r}.",
+                "write `Task(score=Accuracy())`, after `from trimpoint.score import Accuracy`",
             )
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise InvalidParameterError(

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import trimpoint
 from trimpoint.compress import compress
@@ -18,7 +19,9 @@ from trimpoint.methods.prune_channels import PruneChannels
 from trimpoint.methods.prune_weights import PruneWeights
 from trimpoint.methods.quantize_static import QuantizeStatic
 from trimpoint.plan import Plan
+from trimpoint.registry import all_methods
 from trimpoint.report.html import group_changes
+from trimpoint.task import Task
 from trimpoint.testing import zoo
 from trimpoint.testing.applied import answers, named_tensors
 
@@ -179,3 +182,16 @@ def test_a_root_that_was_replaced_has_parts_too():
         ("", "its `0`, Linear 16→2"),
         ("", "its `1`, Linear 2→4"),
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["cast-weights", "quantize-dynamic", "quantize-static", "quantize-weights"])
+def test_number_formats_are_for_float32(name, dtype):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).to(dtype).eval()
+    task = Task(calibrate=TensorDataset(torch.randn(8, 8, dtype=dtype), torch.zeros(8)))
+    made = compress(model, Plan().then(all_methods()[name]()), task)
+    assert not made.formats
+    kind = str(dtype).removeprefix("torch.")
+    reasons = {change.origin: change.reason for change in made.changes}
+    assert reasons == dict.fromkeys("02", f"its weight is {kind}, and number formats are for float32 (`model.float()`)")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), made.module.parameters(), strict=True))

@@ -131,6 +131,13 @@ def own_shapes(module: nn.Module) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in tensors)
 
 
+def why_no_format(module: nn.Module) -> str:
+    """Return why a module's own weights get no number format, or `""`: kernels of integers compute from float32."""
+    kinds = {p.dtype for p in module.parameters(recurse=False) if p.is_floating_point()} - {torch.float32}
+    kind = next((str(kind).removeprefix("torch.") for kind in kinds), "")
+    return f"its weight is {kind}, and number formats are for float32 (`model.float()`)" if kind else ""
+
+
 def describe(module: nn.Module) -> str:
     """Return a module in a few words.
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trimpoint.build import Build, describe, observed, own_shapes, tied_parameters, type_names
+from trimpoint.build import Build, describe, observed, own_shapes, tied_parameters, type_names, why_no_format
 from trimpoint.errors import DataError, SurgeryError, UnknownNameError, suggest
 from trimpoint.filters import EVERYTHING
 from trimpoint.graph import (
@@ -33,7 +33,7 @@ from trimpoint.graph.grids import OnGrid, OnGroups, grid_to_data
 from trimpoint.graph.masks import MASKED, owner_of, schedule_to_data
 from trimpoint.graph.scalings import rescale_
 from trimpoint.graph.surgery import tensor_of
-from trimpoint.method import ALL_FACTS, Context, Site
+from trimpoint.method import ALL_FACTS, Context, Site, Stage
 from trimpoint.parts import Block, Group, MaskSchedule, Scalings
 from trimpoint.plan import Step
 from trimpoint.record import Record
@@ -332,10 +332,12 @@ class _Context(Context):
     # Inside
 
     def _missing(self, path: str) -> str:
-        """Return why the required facts do not hold, empty where they do."""
+        """Return why a module cannot be changed, empty where it can: all required facts hold."""
         missing = self._traits.requires & ~self._facts.get(self._build.origin(path), ALL_FACTS)
         names = ", ".join(fact.name.lower() for fact in missing if fact.name)
-        return f"{self._name} needs what no longer holds here: {names}" if missing else ""
+        if missing:
+            return f"{self._name} needs what no longer holds here: {names}"
+        return why_no_format(self.get(path)) if self._traits.stage is Stage.QUANTIZE else ""
 
     def _in_scope(self, path: str, module: nn.Module) -> bool:
         """Return whether `where` matches a module as it is, or what stood in its place in the unmodified model."""

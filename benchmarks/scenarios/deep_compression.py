@@ -23,9 +23,9 @@ CONTROL = "unmodified, the same training"
 Row = dict[str, Any]
 
 
-def trained(epochs: float, lr: float, views: int = 1, alpha: float = 0.9) -> Distill:
+def trained(epochs: float, lr: float, views: int = 1) -> Distill:
     """Return distillation from the unmodified network, whose answers to so many views of an image are asked for."""
-    return Distill(epochs=epochs, optimizer="sgd", lr=lr, views=views, hints=0, alpha=alpha)
+    return Distill(epochs=epochs, optimizer="sgd", lr=lr, views=views, hints=0)
 
 
 def plans(ratios: tuple[float, ...], steps: int, first: Distill, then: Distill) -> dict[str, Plan]:
@@ -82,7 +82,7 @@ def _coded(files: ArtifactFiles) -> Row:
 def run(resume_dir: Path) -> dict[str, Any]:
     """Make each network smaller, code it, certify it."""
     small = plans((0.93,), 2000, trained(10.0, 0.1), trained(3.0, 0.01))
-    large = plans((0.96,), 2000, trained(24.0, 0.05, views=4, alpha=1.0), trained(6.0, 0.004, views=4, alpha=1.0))
+    large = plans((0.96,), 2000, trained(16.0, 0.05, views=4), trained(4.0, 0.004, views=4))
     rows, goals = [], []
     for network, checkpoint, made, must, aim in (
         ("LeNet-300-100", lenet_mnist, small, 50.0, 65.0),

@@ -269,3 +269,17 @@ def test_a_linear_layer_reads_an_embedding_and_nothing_is_calibrated(tmp_path):
     assert made.unmapped == ()
     assert check_parity(module, session, [ids]).max_rel < 0.05
     assert kinds(tmp_path).keys() & {"QuantizeLinear", "DequantizeLinear"} == set()
+
+
+@pytest.mark.parametrize("dims", [{}, {"input": {0: "batch"}}])
+@pytest.mark.parametrize("form", [{}, {"num_layers": 2, "bidirectional": True}])
+def test_plain_recurrent_layers_are_exported_step_by_step_and_computed_in_int8(form, dims, tmp_path):
+    torch.manual_seed(0)
+    model, x = First(nn.RNN(64, 64, batch_first=True, **form)).eval(), torch.randn(2, 6, 64)
+    made, session = lowered(model, x, tmp_path, dims)
+    assert made.unmapped == ()
+    assert kinds(tmp_path)["MatMulIntegerToFloat"] >= 6
+    assert "MatMul" not in kinds(tmp_path)
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    assert weights < (tmp_path / "model.onnx").stat().st_size < 1.6 * weights  # stored once, for all steps
+    assert check_parity(model, session, [x]).sqnr_db > 30

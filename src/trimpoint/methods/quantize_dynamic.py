@@ -29,9 +29,9 @@ class QuantizeDynamic(Method):
         Everything but linear layers, multi-head attention (its projections; the products of two activations stay in
         float32, since rounding both made nothing faster), embeddings (stored in 8 bits with a scale per row),
         recurrent layers and their cells. The target's runtime computes what it has kernels for and lists the others: in
-        ONNX Runtime `nn.GRU` and `nn.RNN` stay in float32, and their cells do not; OpenVINO stores the weights of
-        linear layers and embeddings in 8 bits, rounds activations on CPUs with VNNI only, and leaves recurrent layers
-        in float32.
+        ONNX Runtime `nn.GRU` stays in float32, and its cells do not; `nn.RNN`, which is exported step by step, is int8
+        too; OpenVINO stores the weights of linear layers and embeddings in 8 bits, rounds activations on CPUs with VNNI
+        only, and leaves recurrent layers in float32.
 
     References:
         ONNX operators, `DynamicQuantizeLinear` and `MatMulInteger`; ONNX Runtime, "Quantize ONNX models", for

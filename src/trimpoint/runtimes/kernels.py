@@ -66,7 +66,7 @@ def _halves(runtime: str, formats: Mapping[str, Format], instructions: str) -> s
 def _onnxruntime(formats: Mapping[str, Format], instructions: str, batch: int, layer: str) -> str:
     weight, read = formats["weight"], formats.get("input")
     if read is not None and read.dynamic:
-        return _stays_float(layer) if layer in ("GRU", "RNN") else ""
+        return _stays_float(layer) if layer == "GRU" else ""
     if read is not None and read.granularity == "tensor":
         return _as_eight(weight.bits)
     held = 8 if weight.bits > 4 else 2 if weight.bits == 2 else 4

@@ -18,6 +18,7 @@ from trimpoint.graph import OnGrid, baked, input_ranges, put_on_grid_
 from trimpoint.methods.finetune import Finetune
 from trimpoint.methods.quantize_dynamic import QuantizeDynamic
 from trimpoint.methods.quantize_static import QuantizeStatic
+from trimpoint.methods.quantize_weights import QuantizeWeights
 from trimpoint.plan import Plan
 from trimpoint.quantization.grid import Grid
 from trimpoint.runtimes import get_runtime
@@ -279,6 +280,17 @@ def test_float64_stays_as_it_is_with_the_reason(method, tmp_path):
     assert all("float64" in reason for reason in lowered.unmapped)
     answers = RUNTIME.open(tmp_path, lowered)(data.numpy())
     np.testing.assert_allclose(answers, module(data).detach().numpy(), rtol=1e-6)
+
+
+def test_weights_in_groups_that_became_float64_stay_so_with_the_reason(tmp_path):
+    module = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    made = compress(module, Plan().then(QuantizeWeights(rounding="nearest")), Task(calibrate=[(torch.zeros(64), 0)]))
+    doubled, data = made.module.double(), torch.randn(4, 64, dtype=torch.float64)
+    lowered = RUNTIME.lower(export(doubled, data, {}), tmp_path, formats=made.formats)
+    assert sorted(made.formats) == [reason.partition(":")[0] for reason in lowered.unmapped]
+    assert all("its weight is float64" in reason for reason in lowered.unmapped)
+    answers = RUNTIME.open(tmp_path, lowered)(data.numpy())
+    np.testing.assert_allclose(answers, doubled(data).detach().numpy(), rtol=1e-6)
 
 
 def test_a_type_that_has_no_kernel_is_told_what_to_do(tmp_path):

@@ -214,7 +214,7 @@ def _quantized(
         unmapped += missing
     for kind in {tensors["weight"].dtype for tensors in halves.values()}:
         openvino_halves.store(model, kind)
-    int8 = before.keys() - {text.partition(":")[0] for text in unmapped}
+    int8 = (before.keys() | each_call.keys()) - {text.partition(":")[0] for text in unmapped}
     exact, refused, told = openvino_halves.compute(model, halves, int8, lambda name: _module_of(name, exported.scopes))
     whole = [path for path, tensors in grouped.items() if "input" not in tensors]
     if whole:
